@@ -1,0 +1,55 @@
+"""Two published baselines for rpca.py, as short as they go: SparseGPT and OATS, on one matrix at a time.
+
+Both see what CAP sees: the dense weight W [m, n] and the statistics of the dense model's own inputs (the papers
+feed each block the outputs of the already pruned blocks; here all matrices share one pass over the dense model).
+"""
+import torch
+
+
+def sparsegpt(W, G, ratio, damping=0.01, block=128):
+    """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1): prune W [m, n] column by column,
+    each time pushing the error on to the columns not yet reached. G [n, n]: Gram matrix of the inputs."""
+    W, G = W.float().clone(), G.float().clone()
+    dead = G.diagonal() == 0
+    G[dead, dead] = 1
+    W[:, dead] = 0
+    G.diagonal().add_(damping * G.diagonal().mean())
+    H = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(G)), upper=True)
+    for start in range(0, W.shape[1], block):
+        stop = min(start + block, W.shape[1])
+        error = torch.zeros_like(W[:, start:stop])
+        saliency = W[:, start:stop].square() / H.diagonal()[start:stop].square()
+        threshold = saliency.flatten().kthvalue(max(round(ratio * saliency.numel()), 1)).values
+        drop = saliency <= threshold
+        for j in range(start, stop):
+            kept = W[:, j].masked_fill(drop[:, j - start], 0)
+            error[:, j - start] = (W[:, j] - kept) / H[j, j]
+            W[:, j] = kept
+            W[:, j + 1:stop] -= torch.outer(error[:, j - start], H[j, j + 1:stop])
+        W[:, stop:] -= error @ H[start:stop, stop:]
+    return W
+
+
+def oats(W, D, ratio, rank_share=0.25, rounds=80):
+    """OATS (Zhang & Papyan 2025, arXiv 2409.13652): alternate a truncated SVD and a row-wise hard threshold on W D.
+
+    D [n]: root mean square of each input. rank_share: the part of the kept numbers that the low-rank part gets.
+    The truncated SVD is one step of subspace iteration a round, started from the round before.
+    """
+    m, n = W.shape
+    A = W.float() * D
+    kept = (1 - ratio) * m * n
+    rank, per_row = int(rank_share * kept / (m + n)), round((1 - rank_share) * kept / m)
+    S, V = torch.zeros_like(A), torch.linalg.svd(A, full_matrices=False)[2][:rank].T
+    for _ in range(rounds):
+        U = torch.linalg.qr((A - S) @ V)[0]
+        V, small = torch.linalg.qr((A - S).T @ U)
+        L = U @ small.T @ V.T
+        S = top_per_row(A - L, per_row)
+    return (L + S) / D.clamp_min(1e-12)
+
+
+def top_per_row(A, k):
+    """A with all but the k largest magnitudes of each row set to zero."""
+    index = A.abs().topk(k, dim=1).indices
+    return torch.zeros_like(A).scatter(1, index, A.gather(1, index))

@@ -1,0 +1,330 @@
+"""The command lines of soco.py, rpca.py and eval_ppl.py: flags, bad input, loading a model, and the report of a run."""
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import re
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from common import SCRIPT_OF, UserError, block_layers, matrix, new_folder, sample_blocks
+
+BUNDLED = str(Path(__file__).resolve().parent / "demo")     # a small GPT-2 that needs no download
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults and turns a wrong flag into a UserError."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def add(self, flag, help, **options):
+        shown = "" if options.get("default") is None else f" (default: {options['default']})"
+        self.add_argument(flag, help=help + shown, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def whole(low):
+    """argparse type: a whole number of at least `low`."""
+    def parse(text):
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {low}")
+        return int(text)
+    return parse
+
+
+def between(low, high):
+    """argparse type: a number strictly between `low` and `high`."""
+    def parse(text):
+        try:
+            if low < float(text) < high:
+                return float(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}, both excluded")
+    return parse
+
+
+def run(main):
+    """Call a script's main(); bad input ends it with one line and exit code 2, a defect keeps its traceback."""
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        main()
+    except (UserError, FloatingPointError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted, nothing half written is left", file=sys.stderr)
+        sys.exit(130)
+
+
+def add_model_flags(parser):
+    parser.add("--model", "hub id or folder of a causal language model, dense or compressed", default=BUNDLED)
+    parser.add("--device", "cpu, cuda, cuda:1; auto takes CUDA if there is one", default="auto")
+    parser.add("--dtype", "of the weights; auto is bfloat16 on CUDA, else float32", default="auto",
+               choices=["auto", "float32", "bfloat16", "float16"])
+
+
+# ---- models -----------------------------------------------------------------------------------
+
+def pick_device(name):
+    """torch.device for "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ..."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; use cpu, cuda or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def pick_dtype(name, device):
+    """torch.dtype for "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16", "float16"."""
+    return getattr(torch, name) if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(name, device, dtype):
+    """(model, tokenizer) of a local folder, dense or compressed, or of a hub id; only safetensors is read."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    try:
+        if Path(name).is_dir():
+            config = json.loads((Path(name) / "config.json").read_text())
+            method = config.get("quantization_config", {}).get("quant_method")
+            if method in SCRIPT_OF:
+                importlib.import_module(SCRIPT_OF[method])       # teaches transformers to load such a folder
+        AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        causes = [error]
+        while causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        reason = " ".join(str(error).split())[:300]
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            reason = "it is neither a folder nor a model on the hub"
+        elif any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for cause in causes):
+            reason = "it is no folder, and the hub is out of reach"
+        raise UserError(f"cannot load --model {name}: {reason}; give a folder that holds a transformers model "
+                        f"(config.json, model.safetensors), or leave --model out for the bundled one") from error
+    bad = next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
+    if bad:
+        raise UserError(f"--model {name}: tensor {bad} holds NaN or infinity in {dtype}; mend the weights or use --dtype float32")
+    return model, tokenizer
+
+
+def longest_input(model):
+    """Tokens that a model reads at a time, or None if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_seqlen(flag, seqlen, model):
+    longest = longest_input(model)
+    if longest and seqlen > longest:
+        raise UserError(f"{flag} {seqlen}: this model reads at most {longest} tokens at a time")
+
+
+# ---- a run: from checked arguments to the saved folder and its report -----------------------------
+
+def run_parser(description):
+    """The flags that soco.py and rpca.py share."""
+    parser = Parser(description)
+    add_model_flags(parser)
+    parser.add("--ratio", "share of the block weights' numbers to remove", type=between(0, 1), default=0.5)
+    parser.add("--calib", "text to learn from, its train split: wikitext2, stdlib or a file (default: stdlib for the bundled model, else wikitext2)")
+    parser.add("--eval", "text for perplexity, its test split; named like --calib, and not the same file")
+    parser.add("--same-text", "allow --calib and --eval to be the same file", action="store_true")
+    parser.add("--seqlen", "tokens a calibration block", type=whole(8), default=256)
+    parser.add("--batch-size", "blocks a batch", type=whole(1), default=4)
+    parser.add("--metric-batches", "batches that the metric is collected on", type=whole(1), default=32)
+    parser.add("--eval-seqlen", "tokens a window of the perplexities (default: what the model reads, at most 2048)", type=whole(2))
+    parser.add("--eval-stride", "tokens from one window to the next (default: --eval-seqlen)", type=whole(1))
+    parser.add("--eval-blocks", "score only the first so many windows (default: all)", type=whole(1))
+    parser.add("--seed", "of the choice and order of calibration blocks and of drawn labels", type=whole(0), default=0)
+    parser.add("--out", "folder to write (default: a fresh one under out/)")
+    parser.add("--overwrite", "replace the folder --out, if it holds a compressed model", action="store_true")
+    return parser
+
+
+class Job:
+    """What soco.py and rpca.py do around their method: check and load, time the phases, score models, save, report."""
+
+    def __init__(self, args, method):
+        self.args, self.method, self.rows, self.seconds = args, method, {}, {}
+        self.folder = check_out(args, method)
+        self.device = pick_device(args.device)
+        self.dtype = pick_dtype(args.dtype, self.device)
+        own = "stdlib" if args.model == BUNDLED else "wikitext2"
+        args.calib, args.eval = args.calib or own, args.eval or own
+        if Path(args.calib).is_file() and Path(args.eval).is_file() and Path(args.calib).samefile(args.eval) and not args.same_text:
+            raise UserError(f"--calib and --eval are both {args.eval}: perplexity on the text that was learned from says "
+                            f"little; give another file, or --same-text if you mean it")
+        with self.clock("load"):
+            self.load()
+
+    def load(self):
+        from eval_ppl import load_tokens
+        args = self.args
+        self.model, self.tokenizer = load_model(args.model, self.device, self.dtype)
+        self.layers = block_layers(self.model)
+        if getattr(self.model.config, "quantization_config", None):
+            raise UserError(f"--model {args.model} is compressed already: give the dense model")
+        args.eval_seqlen = args.eval_seqlen or min(longest_input(self.model) or 2048, 2048)
+        args.eval_stride = args.eval_stride or args.eval_seqlen
+        if args.eval_stride > args.eval_seqlen:
+            raise UserError(f"--eval-stride {args.eval_stride} is longer than --eval-seqlen {args.eval_seqlen}: it would skip text")
+        check_seqlen("--seqlen", args.seqlen, self.model)
+        check_seqlen("--eval-seqlen", args.eval_seqlen, self.model)
+        self.eval_ids = load_tokens(self.tokenizer, args.eval, "test", args.eval_seqlen)
+        self.calib_ids = load_tokens(self.tokenizer, args.calib, "train", args.seqlen)
+        self.dense_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        torch.manual_seed(args.seed)
+
+    def batches(self, count):
+        """`count` batches of calibration blocks, each [batch, seqlen]; the same first ones whatever the count."""
+        blocks = sample_blocks(self.calib_ids, self.args.seqlen, count * self.args.batch_size, self.args.seed)
+        return blocks.split(self.args.batch_size)
+
+    @contextlib.contextmanager
+    def clock(self, phase):
+        """Add the time of a with block to seconds[phase]."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = round(self.seconds.get(phase, 0) + time.perf_counter() - start, 2)
+
+    def score(self, key, label, kept=None):
+        """Perplexity of self.model as it is now: a row of the table, printed at once. kept: numbers in its block weights."""
+        from eval_ppl import perplexity
+        with self.clock("eval"):
+            result = perplexity(self.model, self.eval_ids, self.args.eval_seqlen, self.args.eval_stride,
+                                self.args.eval_blocks, progress=True)
+        kept = kept or block_numbers(self.model, self.layers)
+        if not self.rows:
+            self.print_settings(result.tokens)
+        self.rows[key] = {"label": label, "ppl": result.ppl, "nll": result.nll, "kept": kept,
+                          "gap": result.nll - next(iter(self.rows.values()))["nll"] if self.rows else 0.0}
+        print(f"{label:34} {result.ppl:12.2f} {self.rows[key]['gap']:9.4f} {kept:14,} {kept * self.dtype.itemsize / 1e6:10.1f}", flush=True)
+
+    def print_settings(self, tokens):
+        args = self.args
+        self.eval = {"data": args.eval, "split": "test", "seqlen": args.eval_seqlen, "stride": args.eval_stride,
+                     "tokens": tokens, "dtype": str(self.dtype).removeprefix("torch.")}
+        print("settings: " + ", ".join(f"{name} {value}" for name, value in vars(args).items()))
+        print("perplexity: " + ", ".join(f"{name} {value}" for name, value in self.eval.items()) + f", device {self.device}")
+        print(f"{'':34} {'perplexity':>12} {'gap':>9} {'block numbers':>14} {'MB':>10}")
+
+    def finish(self, save, layers, **more):
+        """Save the compressed model with its tokenizer, metrics.json and model card; print where."""
+        compressible = sum(matrix(layer).numel() for layer in self.layers.values())
+
+        def extra(folder):
+            self.tokenizer.save_pretrained(folder)
+            report = {
+                "method": self.method, "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), **vars(self.args), "compressible_params": compressible,
+                "kept_params": self.rows["compressed"]["kept"], "dense_bytes": self.dense_bytes,
+                "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                "seconds": self.seconds, "peak_memory_bytes": peak_memory(self.device),
+                "ppl": {key: row["ppl"] for key, row in self.rows.items()},
+                "gap": {key: row["gap"] for key, row in self.rows.items()},
+                "eval": self.eval, "versions": {"torch": torch.__version__}, "layers": layers, **more}
+            report["device"], report["dtype"] = str(self.device), self.eval["dtype"]
+            (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+            (folder / "README.md").write_text(model_card(report, self.rows))
+            self.report = report
+
+        folder = self.folder or fresh_folder(self.args, self.method)
+        save(self.model, folder, overwrite=self.args.overwrite, extra=extra)
+        report = self.report
+        print(f"kept {report['kept_params'] / compressible:.4f} of {compressible:,} block numbers; file "
+              f"{report['file_bytes'] / 1e6:.1f} MB, dense {report['dense_bytes'] / 1e6:.1f} MB; peak memory "
+              f"{report['peak_memory_bytes'] / 1e9:.2f} GB; seconds {self.seconds}")
+        print(f"written to {folder}; score it again with: python eval_ppl.py --model {folder}")
+
+
+def block_numbers(model, layers):
+    """Numbers stored now for the block weights that stood at the names of `layers` {name: dense layer}.
+
+    Counted after the fact, from the modules; a bias that was there before compression does not count.
+    """
+    total = 0
+    for name, dense in layers.items():
+        total += sum(p.numel() for p in model.get_submodule(name).parameters())
+        total -= 0 if dense.bias is None else dense.bias.numel()
+    return total
+
+
+def peak_memory(device):
+    """Bytes: most allocated on a CUDA device so far, else the most this process has had in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def fresh_folder(args, method):
+    """out/MODEL-METHOD-RATIO, with the first number behind it that makes it new."""
+    model = re.sub(r"[^\w.-]+", "-", "demo" if args.model == BUNDLED else args.model.rstrip("/").split("/")[-1])
+    stem = Path("out") / f"{model}-{method}-{args.ratio:g}"
+    return next(path for i in range(1, 10 ** 6) if not (path := stem if i == 1 else Path(f"{stem}-{i}")).exists())
+
+
+def check_out(args, method):
+    """The folder to write, or None for a fresh one; a UserError if it is taken or can't be written."""
+    folder = Path(args.out) if args.out else None
+    if folder and folder.exists():
+        if not args.overwrite:
+            raise UserError(f"--out {folder} exists: give another folder, or --overwrite")
+        config = folder / "config.json"
+        known = config.is_file() and any(f'"quant_method": "{known}"' in config.read_text() for known in SCRIPT_OF)
+        if not folder.is_dir() or (any(folder.iterdir()) and not known):
+            raise UserError(f"--out {folder} holds something other than a compressed model, which --overwrite does not replace")
+    parent = (folder or Path("out") / "x").absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            return folder
+    except OSError as error:
+        raise UserError(f"--out {folder or 'out'}: cannot write in {parent} ({error.strerror}); give another folder") from error
+
+
+def model_card(report, rows):
+    """The README.md of a compressed folder."""
+    script = SCRIPT_OF[report["method"]]
+    lines = [f"| {row['label']} | {row['ppl']:.2f} | {row['gap']:.4f} | {row['kept']:,} |" for row in rows.values()]
+    settings = ", ".join(f"{key} {value}" for key, value in report["eval"].items())
+    return f"""---
+library_name: transformers
+tags: [{report['method']}, compressed]
+---
+# {Path(report['model']).name}, compressed by {report['method']} at ratio {report['ratio']}
+
+{report['ratio']:.0%} of the numbers in the block weights are removed.
+
+| | perplexity | gap (nats a token) | numbers in the block weights |
+| --- | --- | --- | --- |
+{chr(10).join(lines)}
+
+Perplexity: {settings}.
+File: {report['file_bytes']:,} bytes, dense {report['dense_bytes']:,}.
+
+Made by `{report['command']}`; every setting is in metrics.json. To load it, with {script}.py, common.py and cli.py at hand:
+
+```python
+import {script}                                    # without this import, loading stops with a shape error
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+```
+"""
