@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import SCRIPT_OF, UserError, block_layers, matrix, new_folder, sample_blocks
+from common import SCRIPT_OF, UserError, block_layers, matrix, sample_blocks, save
 
 BUNDLED = str(Path(__file__).resolve().parent / "demo")     # a small GPT-2 that needs no download
 
@@ -226,7 +226,7 @@ class Job:
         print("perplexity: " + ", ".join(f"{name} {value}" for name, value in self.eval.items()) + f", device {self.device}")
         print(f"{'':34} {'perplexity':>12} {'gap':>9} {'block numbers':>14} {'MB':>10}")
 
-    def finish(self, save, layers, **more):
+    def finish(self, layers):
         """Save the compressed model with its tokenizer, metrics.json and model card; print where."""
         compressible = sum(matrix(layer).numel() for layer in self.layers.values())
 
@@ -239,7 +239,7 @@ class Job:
                 "seconds": self.seconds, "peak_memory_bytes": peak_memory(self.device),
                 "ppl": {key: row["ppl"] for key, row in self.rows.items()},
                 "gap": {key: row["gap"] for key, row in self.rows.items()},
-                "eval": self.eval, "versions": {"torch": torch.__version__}, "layers": layers, **more}
+                "eval": self.eval, "versions": {"torch": torch.__version__}, "layers": layers}
             report["device"], report["dtype"] = str(self.device), self.eval["dtype"]
             (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
             (folder / "README.md").write_text(model_card(report, self.rows))

@@ -217,11 +217,17 @@ def mark_compressed(model, method, specs):
     model.config.quantization_config = {"quant_method": method, "format": FORMAT, "layers": specs}
 
 
-def save_compressed(model, folder, overwrite=False, extra=None):
-    """Write a compressed model as safetensors with its config; extra(folder) adds files before the folder is renamed."""
+def save(model, folder, overwrite=False, extra=None):
+    """Write a compressed model to a new folder, complete or not at all; extra(folder) adds files before it gets its name."""
     if getattr(model.config, "quantization_config", None) is None:
-        raise UserError("this model was not compressed: there is nothing that save_pretrained would not do")
+        raise UserError("this model was not compressed: save it with save_pretrained")
     with new_folder(folder, overwrite) as fresh:
         model.save_pretrained(fresh)
         if extra:
             extra(fresh)
+
+
+def load(folder, **options):
+    """The compressed model in a folder; options as for transformers' from_pretrained (dtype, device_map, ...)."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)

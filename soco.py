@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (UserError, bar, block_layers, collect_metric, dense_like, input_device, mark_compressed, matrix, register,
-                    save_compressed, swap, swapped)
+from common import (UserError, bar, block_layers, collect_metric, dense_like, input_device, load, mark_compressed, matrix, register,
+                    save, swap, swapped)
 
 
 # ---- the mathematics ----------------------------------------------------------------------------
@@ -351,18 +351,7 @@ def teacher(layers):
             layer.teacher = False
 
 
-# ---- save, load, command ------------------------------------------------------------------------
-
-def save(model, folder, overwrite=False, extra=None):
-    """Write what `compress` returned to a new folder, complete or not at all; extra(folder) may add files."""
-    save_compressed(model, folder, overwrite, extra)
-
-
-def load(folder, **options):
-    """The compressed model in a folder; options as for transformers' from_pretrained (dtype, device_map, ...)."""
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-
+# ---- load, command -------------------------------------------------------------------------------
 
 def build_empty(layer, k, bias):
     """A layer of the shape that `finish` gave it, its weights still to be loaded: rank k, or dense for k = None."""
@@ -415,7 +404,7 @@ def main():
     job.score("compressed", f"SoCo, {args.steps} steps")
     specs = model.config.quantization_config["layers"]
     print("kept share of each matrix, block by block, in tenths (D: dense)\n" + allocation(specs, shapes))
-    job.finish(save, [{"name": name, "shape": shapes[name], "rank": spec["k"] or "dense"} for name, spec in specs.items()])
+    job.finish([{"name": name, "shape": shapes[name], "rank": spec["k"] or "dense"} for name, spec in specs.items()])
 
 
 if __name__ == "__main__":

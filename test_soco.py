@@ -1,0 +1,1202 @@
+"""Tests of soco.py, eval_ppl.py, common.py and cli.py: `pytest -q`, without a network and with or without a GPU.
+
+Every expected value is computed here a second way, by a slower or plainer formula; none was recorded from a run.
+"""
+import copy
+import http.server
+import itertools
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"                # read once, on import: no test may reach for the network
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+import cli
+import eval_ppl
+from common import UserError, block_layers, collect_metric, dense_like, matrix, sample_blocks, swap, swapped
+from eval_ppl import encode, perplexity
+from soco import (BASES, KLDivergence, LowRankLinear, ScoredLinear, choose, compress, compressed_layers, factor, load, save,
+                  stored_numbers, truncate)
+
+ROOT = Path(__file__).resolve().parent
+VOCAB = 64
+SHAPES = [(7, 5), (5, 11), (8, 8), (1, 6), (6, 1)]
+KINDS = ["linear", "linear without bias", "conv1d"]
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    return torch.device(request.param)
+
+
+def random(*shape, seed=0, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+
+
+def tokens(*shape, seed=0, device="cpu"):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def make_layer(kind, m, n, device="cpu"):
+    layer = Conv1D(m, n) if kind == "conv1d" else nn.Linear(n, m, bias=kind == "linear")
+    layer = layer.double()
+    layer.weight.data = random(*layer.weight.shape, seed=1)
+    if layer.bias is not None:
+        layer.bias.data = random(m, seed=2)
+    return layer.to(device)
+
+
+def tiny_gpt2(**config):
+    torch.manual_seed(0)
+    config = {"n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2} | config
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=24, n_head=2, bos_token_id=0, eos_token_id=0,
+                                      **config)).eval()
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                                        bos_token_id=0, eos_token_id=0, initializer_range=0.2)).eval()
+
+
+MODELS = [tiny_gpt2, tiny_llama]
+
+
+def tiny_tokenizer():
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w0")
+
+
+def text(count, seed):
+    return " ".join(f"w{i}" for i in tokens(count, seed=seed))
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def divergence(dense_logits, model, batches):
+    """Mean of KL(dense || model) over batches, by the plain formula."""
+    values = [F.kl_div(logits(model, ids).log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="sum") / ids.numel()
+              for dense, ids in zip(dense_logits, batches)]
+    return torch.stack(values).mean().item()
+
+
+def students_of(model, basis, batches):
+    """{layer: ScoredLinear} with every component kept."""
+    layers = block_layers(model)
+    metrics = collect_metric(model, layers, batches)
+    return {layer: ScoredLinear(layer, *factor(matrix(layer), None if basis == "plain" else metrics[name].G,
+                                               metrics[name].R if basis == "two-sided" else None))
+            for name, layer in layers.items()}
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+def run_script(script, *args, cwd, **environment):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, env=os.environ | environment,
+                          capture_output=True, text=True, timeout=300)
+
+
+# ---- mathematics --------------------------------------------------------------------------------
+
+def metric_of(basis, m, n, device, samples=60):
+    """Random inputs x and output gradients g, and the G and R that a basis makes of them."""
+    x, g = random(samples, n, seed=3, device=device), random(samples + 1, m, seed=4, device=device)
+    return x, g, None if basis == "plain" else x.T @ x / len(x), g.T @ g / len(g) if basis == "two-sided" else None
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("basis", BASES)
+def test_factors_multiply_back_to_the_weight(basis, m, n, device):
+    W = random(m, n, device=device)
+    _, _, G, R = metric_of(basis, m, n, device)
+    U, sigma, V = factor(W, G, R)
+    assert (U.shape, sigma.shape, V.shape) == ((m, min(m, n)), (min(m, n),), (min(m, n), n))
+    torch.testing.assert_close((U * sigma) @ V, W, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("basis", BASES)
+def test_sigma_are_the_singular_values_in_the_metric(basis, m, n, device):
+    W = random(m, n, device=device)
+    x, g, G, R = metric_of(basis, m, n, device)
+    scaled = {"plain": W, "whitened": W @ x.T / len(x) ** 0.5, "two-sided": g @ W @ x.T / (len(x) * len(g)) ** 0.5}[basis]
+    sigma = factor(W, G, R, damping=1e-13)[1]
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(scaled)[:len(sigma)], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("basis", BASES)
+def test_truncation_costs_the_energy_of_what_it_drops(basis, m, n, device):
+    W = random(m, n, device=device)
+    x, g, G, R = metric_of(basis, m, n, device)
+    U, sigma, V = factor(W, G, R, damping=1e-13)
+    for k in range(len(sigma)):
+        change = W - (U[:, :k] * sigma[:k]) @ V[:k]
+        measured = {"plain": change.square().sum(), "whitened": (x @ change.T).square().sum(1).mean(),
+                    "two-sided": (g @ change @ x.T).square().mean()}[basis]
+        torch.testing.assert_close(measured, sigma[k:].square().sum(), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+def test_whitened_truncation_never_loses_on_the_calibration_output(m, n, device):
+    W = random(m, n, device=device)
+    x = random(60, n, seed=5, device=device) @ random(n, n, seed=6, device=device)
+    errors = {}
+    for basis, G in [("plain", None), ("whitened", x.T @ x / len(x))]:
+        U, sigma, V = factor(W, G, damping=1e-13)
+        errors[basis] = [(x @ (W - (U[:, :k] * sigma[:k]) @ V[:k]).T).square().sum() for k in range(len(sigma))]
+    assert all(ours <= theirs * (1 + 1e-9) for ours, theirs in zip(errors["whitened"], errors["plain"]))
+    if min(m, n) > 1:
+        assert sum(errors["whitened"]) < 0.9 * sum(errors["plain"])
+
+
+@pytest.mark.parametrize("W, G, R", [
+    (torch.zeros(4, 6), None, None),
+    (torch.ones(4, 6), torch.ones(6, 6), None),
+    (random(4, 6), torch.zeros(6, 6), None),
+    (random(4, 6), torch.eye(6), torch.zeros(4, 4)),
+    (random(4, 6), torch.diag(torch.tensor([1e6, 1.0, 1e-6, 0.0, 0.0, 0.0])), torch.ones(4, 4)),
+], ids=["zero weight", "rank one", "inputs all zero", "gradients all zero", "inputs mostly zero"])
+def test_a_degenerate_metric_still_gives_the_weight_back(W, G, R):
+    U, sigma, V = factor(W, G, R)
+    torch.testing.assert_close((U * sigma) @ V, W.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_stored_numbers_counts_two_factors_or_one_dense_matrix(device):
+    for m, n in SHAPES:
+        for k in range(min(m, n) + 1):
+            counted = min(torch.empty(m, k).numel() + torch.empty(k, n).numel(), torch.empty(m, n).numel())
+            assert stored_numbers(*torch.tensor([k, m, n], device=device)) == counted
+
+
+CHOICES = [(4, 6), (5, 5), (3, 8)]
+
+
+def spectra(seed, device="cpu"):
+    return [random(min(shape), seed=100 * seed + i, device=device).exp() for i, shape in enumerate(CHOICES)]
+
+
+def cost_of(ranks):
+    return sum(min(k * (m + n), m * n) for k, (m, n) in zip(ranks, CHOICES))
+
+
+def value_of(ranks, worth):
+    """Worth of the best `ranks` components of each matrix, and of all of them where it would be stored dense."""
+    kept = [len(w) if k * (m + n) >= m * n else k for k, w, (m, n) in zip(ranks, worth, CHOICES)]
+    return sum(w.sort(descending=True)[0][:k].sum().item() for k, w in zip(kept, worth))
+
+
+def corners(points):
+    """The points (cost, value) on the upper concave hull: what no mixture of two others beats at its cost."""
+    corner = max(points, key=lambda point: (-point[0], point[1]))
+    yield corner
+    while better := [point for point in points if point[1] > corner[1]]:
+        corner = max(better, key=lambda point: ((point[1] - corner[1]) / (point[0] - corner[0]), point[0]))
+        yield corner
+
+
+def chosen_ranks(worth, budget):
+    device = worth[0].device
+    keep = choose(worth, *torch.tensor(CHOICES, device=device).T, budget)
+    for w, kept in zip(worth, keep):
+        assert kept.dtype == torch.bool and kept.shape == w.shape
+        assert kept.all() or w[kept].min() >= w[~kept].max()
+    return [kept.sum().item() for kept in keep]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_choose_spends_every_budget_and_no_more(seed, device):
+    worth = spectra(seed, device)
+    ranks = [range(1, min(shape) + 1) for shape in CHOICES]
+    best = list(corners([(cost_of(k), value_of(k, worth)) for k in itertools.product(*ranks)]))
+    for budget in range(best[0][0], best[-1][0] + 5):
+        k = chosen_ranks(worth, budget + 0.5)
+        left = budget - cost_of(k)
+        more = [cost_of([k_ + (i == j) for j, k_ in enumerate(k)]) - cost_of(k) for i in range(3) if k[i] < min(CHOICES[i])]
+        assert left >= 0
+        assert all(extra > left for extra in more)
+        assert all(k_ * (m + n) < m * n or k_ == min(m, n) for k_, (m, n) in zip(k, CHOICES))
+        assert value_of(k, worth) >= max(value for cost, value in best if cost <= budget) - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_choose_is_optimal_wherever_one_price_meets_the_budget(seed, device):
+    worth = spectra(seed, device)
+    ranks = [range(1, min(shape) + 1) for shape in CHOICES]
+    best = list(corners([(cost_of(k), value_of(k, worth)) for k in itertools.product(*ranks)]))
+    assert len(best) > 4
+    for budget, value in best:
+        assert value_of(chosen_ranks(worth, budget), worth) == pytest.approx(value, rel=1e-12)
+
+
+def test_choose_goes_dense_where_that_costs_no_more():
+    worth, sides = [torch.tensor([4.0, 3.0, 2.0, 1.0])], (torch.tensor([4]), torch.tensor([4]))
+    assert choose(worth, *sides, 15)[0].tolist() == [True, False, False, False]
+    assert choose(worth, *sides, 16)[0].tolist() == [True, True, True, True]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_kl_divergence_and_its_gradient_match_the_plain_formula(dtype, tolerance, device):
+    teacher, student = (3 * random(2, 5, 11, seed=seed, device=device).to(dtype) for seed in (0, 1))
+    ours, plain = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss = KLDivergence.apply(teacher, ours)
+    expected = F.kl_div(plain.log_softmax(-1), teacher.double().log_softmax(-1), log_target=True, reduction="sum") / 10
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=tolerance, atol=tolerance * plain.grad.abs().max().item())
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+def scored(kind, m, n, basis="plain", device="cpu"):
+    """(layer, its ScoredLinear, inputs [4, n]), the weights and inputs in float64."""
+    layer = make_layer(kind, m, n, device)
+    _, _, G, R = metric_of(basis, m, n, device)
+    return layer, ScoredLinear(layer, *factor(matrix(layer), G, R)), random(4, n, seed=7, device=device)
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("basis", BASES)
+def test_scores_of_one_and_full_rank_give_the_layer_back(basis, kind, m, n, device):
+    layer, student, x = scored(kind, m, n, basis, device)
+    torch.testing.assert_close(student(x), layer(x), rtol=1e-9, atol=1e-9)
+    finished = student.finish()
+    assert type(finished) is type(layer)
+    torch.testing.assert_close(matrix(finished), matrix(layer), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(finished(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_scores_and_deviation_match_finite_differences(kind, device):
+    _, student, x = scored(kind, 7, 5, "two-sided", device)
+    target, student = random(4, 7, seed=8, device=device), student.double()
+    student.S.data, student.d.data = 1 + 0.3 * random(5, seed=9, device=device), random(7, seed=10, device=device)
+
+    def loss():
+        return (student(x) - target).square().sum()
+
+    loss().backward()
+    for parameter in (student.S, student.d):
+        for i, gradient in enumerate(parameter.grad.tolist()):
+            values = []
+            for step in (0.25, -0.5):
+                parameter.data[i] += step
+                values.append(loss().item())
+            parameter.data[i] += 0.25
+            assert gradient == pytest.approx((values[0] - values[1]) / 0.5, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_score_gets_the_gradient_of_coming_back(kind, device):
+    layer, student, x = scored(kind, 5, 11, "whitened", device)
+    student = student.double()
+    target, parts = random(4, 5, seed=8, device=device), student.U.T[:, :, None] * student.V[:, None]
+    student.kept[::2] = 0
+    y = student(x)
+    bias = 0 if layer.bias is None else layer.bias
+    torch.testing.assert_close(y, x @ parts[1::2].sum(0).T + bias, rtol=1e-9, atol=1e-9)
+    (y - target).square().sum().backward()
+    for part, gradient in zip(parts, student.S.grad.tolist()):
+        up, down = ((y + step * (x @ part.T) - target).square().sum().item() for step in (0.5, -0.5))
+        assert gradient == pytest.approx(up - down, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_stored_answers_like_what_learned(kind, kept, m, n, device):
+    layer, student, x = scored(kind, m, n, "two-sided", device)
+    student.S.data, student.d.data = (random(size, seed=9, device=device).float() for size in (min(m, n), m))
+    student.kept[kept:] = 0
+    expected, k = student(x), min(kept, m, n)
+    finished = student.finish()
+    torch.testing.assert_close(finished(x), expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(finished, LowRankLinear) == (k * (m + n) < m * n)
+    assert sum(p.numel() for p in finished.parameters()) == min(k * (m + n), m * n) + m
+
+
+def test_components_dropped_for_good_leave_the_factors():
+    _, student, x = scored("linear", 7, 5)
+    student.kept[[0, 3]] = 0
+    expected = student(x)
+    student.drop(student.kept.bool())
+    assert student.U.shape == (7, 3) and student.V.shape == (3, 5) and len(student.worth()) == 3
+    torch.testing.assert_close(student(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_low_rank_layer_answers_for_the_weight_it_replaced():
+    U, V, bias = random(7, 2), random(2, 5, seed=1), random(7, seed=2)
+    layer = LowRankLinear.of(U, V, bias, like=torch.empty(7, 5, dtype=torch.bfloat16))
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.shape != (7, 5)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    x = random(4, 5, seed=3)
+    torch.testing.assert_close(layer.double()(x), x @ (U @ V).T + bias, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_like_and_matrix_agree_on_orientation(kind, m, n):
+    layer, W, x = make_layer(kind, m, n), random(m, n, seed=11), random(4, n, seed=12)
+    assert matrix(layer).shape == (m, n)
+    layer.weight.requires_grad_(False)
+    new = dense_like(layer, W, layer.bias)
+    assert type(new) is type(layer) and new.weight.shape == layer.weight.shape and not new.weight.requires_grad
+    torch.testing.assert_close(new(x), x @ W.T + (0 if layer.bias is None else layer.bias), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make, kinds", [
+    (tiny_gpt2, ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    (tiny_llama, [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]),
+])
+def test_block_layers_are_all_matrices_of_the_blocks_and_no_others(make, kinds):
+    names = list(block_layers(make()))
+    assert sorted(name.split(".", 3)[3] for name in names) == sorted(2 * kinds)
+    assert {name.split(".")[2] for name in names} == {"0", "1"}
+
+
+def test_block_layers_of_a_model_without_any_is_an_error():
+    with pytest.raises(UserError, match="GPT2LMHeadModel"):
+        block_layers(tiny_gpt2(n_layer=0))
+
+
+def test_swap_reaches_every_place_and_swapped_undoes_it_after_an_error():
+    shared, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(other, shared)})
+    new = nn.Linear(2, 2)
+    with pytest.raises(KeyError), swapped(model, {shared: new}):
+        assert model["a"] is new and model["b"][1] is new and model["b"][0] is other
+        raise KeyError
+    assert model["a"] is shared and model["b"][1] is shared
+    swap(model, {shared: new})
+    assert model["a"] is new and model["b"][1] is new
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_metric_holds_the_second_moment_of_the_inputs(make, device):
+    model, batches = make().to(device), [tokens(3, 20, seed=seed) for seed in (0, 1)]
+    layers = block_layers(model)
+    seen = {name: [] for name in layers}
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].flatten(0, 1).double()))
+             for name, layer in layers.items()]
+    for ids in batches:
+        logits(model, ids.to(device))
+    for hook in hooks:
+        hook.remove()
+    metrics = collect_metric(model, layers, batches)
+    for name, layer in layers.items():
+        X = torch.cat(seen[name])
+        torch.testing.assert_close(metrics[name].G.double(), X.T @ X / 120, rtol=1e-4, atol=1e-5 * (X ** 2).mean().item())
+        spectrum = torch.linalg.eigvalsh(metrics[name].R.double())
+        assert metrics[name].R.shape == 2 * (len(matrix(layer)),)
+        assert spectrum.min() > -1e-5 * spectrum.max() and spectrum.max() > 0
+
+
+def test_metric_of_the_outputs_is_the_fisher_matrix_of_the_model():
+    # one token a text: the expectation over labels that collect_metric draws can be written out
+    model = tiny_gpt2()
+    layers = block_layers(model)
+    outputs = {}
+    hooks = [layer.register_forward_hook(lambda _, inputs, output, name=name: outputs.update({name: output}))
+             for name, layer in layers.items()]
+    logs = model(input_ids=torch.tensor([[5]]), use_cache=False).logits[0, 0].log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    fisher = dict.fromkeys(layers, 0)
+    for log in logs:
+        for name, g in zip(layers, torch.autograd.grad(-log, [outputs[name] for name in layers], retain_graph=True)):
+            fisher[name] = fisher[name] + log.exp().detach() * g.flatten().outer(g.flatten())
+    metrics = collect_metric(model, layers, [torch.full((4000, 1), 5), torch.full((4000, 1), 5)])
+    for name in layers:
+        assert (metrics[name].R - fisher[name]).norm() < 0.1 * fisher[name].norm()
+
+
+def test_layers_that_read_the_same_input_share_its_metric():
+    model = tiny_llama()
+    metrics = collect_metric(model, block_layers(model), [tokens(2, 16)])
+    block = {name.split(".")[-1]: metric for name, metric in metrics.items() if ".0." in name}
+    assert block["q_proj"].G is block["k_proj"].G is block["v_proj"].G
+    assert block["gate_proj"].G is block["up_proj"].G
+    assert not torch.equal(block["o_proj"].G, block["q_proj"].G)
+
+
+def test_the_diagonal_metric_is_the_diagonal_of_the_full_one():
+    model, batches = tiny_gpt2(), [tokens(2, 16)]
+    full, diagonal = (torch.manual_seed(0) and collect_metric(model, block_layers(model), batches, full=full) for full in (True, False))
+    for name in full:
+        for side in "GR":
+            expected = getattr(full[name], side).diagonal()
+            torch.testing.assert_close(getattr(diagonal[name], side), expected, rtol=1e-4, atol=1e-5 * expected.max().item())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_collecting_the_metric_leaves_no_trace(fails):
+    model = tiny_gpt2()
+    model.transformer.wpe.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    batches = [tokens(2, 16), tokens(1, 65) if fails else tokens(1, 8)]             # 65: one more than it can read
+    try:
+        collect_metric(model, block_layers(model), batches)
+        assert not fails
+    except IndexError:
+        assert fails
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_layer_that_no_token_reaches_is_named():
+    model = tiny_gpt2()
+    model.transformer.h[1].spare = nn.Linear(3, 3)
+    with pytest.raises(UserError, match="transformer.h.1.spare"):
+        compress(model, [tokens(2, 16)], steps=0)
+
+
+# ---- learning -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("basis", BASES)
+def test_divergence_is_zero_at_the_start(make, basis, device):
+    model, ids = make().double().to(device), tokens(3, 20, device=device)
+    dense = logits(model, ids)
+    with swapped(model, students_of(model, basis, [ids])):
+        torch.testing.assert_close(logits(model, ids), dense, rtol=1e-7, atol=1e-7)
+        assert abs(KLDivergence.apply(dense, logits(model, ids)).item()) < 1e-6
+
+
+@pytest.mark.parametrize("steps, deviation", [(0, True), (4, True), (4, False)])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
+@pytest.mark.parametrize("make", MODELS)
+def test_the_budget_is_met_exactly(make, ratio, steps, deviation, device):
+    model = make().to(device)
+    dense = block_layers(model)
+    budget = (1 - ratio) * sum(matrix(layer).numel() for layer in dense.values())
+    assert compress(model, [tokens(2, 16)], ratio, steps, deviation=deviation) is model
+    new = {name: model.get_submodule(name) for name in dense}
+    stored = sum(p.numel() for layer in new.values() for p in layer.parameters())
+    stored -= sum(layer.bias.numel() for layer in dense.values() if layer.bias is not None)
+    more = []
+    for name, layer in dense.items():
+        m, n = matrix(layer).shape
+        if isinstance(new[name], LowRankLinear):
+            k = len(new[name].down.weight)
+            assert 0 < k * (m + n) < m * n
+            more.append(min((k + 1) * (m + n), m * n) - k * (m + n))
+        else:
+            assert type(new[name]) is type(layer) and new[name] is not layer
+    assert stored <= budget
+    assert budget - stored < min(more)
+    assert len(new) > len(more) or ratio > 0.2
+
+
+def test_ranks_differ_from_matrix_to_matrix():
+    model = compress(tiny_gpt2(), [tokens(4, 32)], 0.5, steps=0)
+    assert len({len(module.down.weight) for module in model.modules() if isinstance(module, LowRankLinear)}) > 2
+
+
+@pytest.mark.parametrize("basis", ["plain", "whitened", "two-sided"])
+def test_truncation_takes_the_same_share_of_every_matrix(basis):
+    model = tiny_llama()
+    layers = block_layers(model)
+    new = truncate(layers, collect_metric(model, layers, [tokens(2, 16)]), basis, 0.5)
+    for layer in layers.values():
+        m, n = matrix(layer).shape
+        stored = sum(p.numel() for p in new[layer].parameters())
+        assert stored <= m * n / 2 < stored + m + n
+
+
+def test_whitened_truncation_does_not_lose_to_plain_in_a_model():
+    model, ids = tiny_llama(), tokens(8, 32)
+    layers = block_layers(model)
+    metrics = collect_metric(model, layers, [ids])
+    plain, whitened = (truncate(layers, metrics, basis, 0.5) for basis in ("plain", "whitened"))
+    for name, layer in layers.items():
+        errors = []
+        for new in (whitened, plain):
+            change = matrix(layer) - new[layer].up.weight @ new[layer].down.weight
+            errors.append((change @ metrics[name].G @ change.T).trace().item())
+        assert errors[0] <= 1.001 * errors[1]
+
+
+def test_same_seed_same_result():
+    states = []
+    for _ in range(2):
+        model = tiny_gpt2()
+        torch.manual_seed(7)
+        compress(model, iter([tokens(2, 16, seed=0), tokens(2, 16, seed=1)]), 0.5, steps=5)
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+def test_a_model_in_training_mode_learns_without_dropout_and_stays_in_training_mode():
+    states = []
+    for training in (False, True):
+        model = tiny_gpt2(resid_pdrop=0.5).train(training)
+        torch.manual_seed(7)
+        compress(model, [tokens(2, 16)], 0.5, steps=3)
+        assert model.training == training
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+@pytest.fixture(scope="session")
+def demo_text():
+    """English that costs no time to gather: the help topics of Python."""
+    from pydoc_data.topics import topics
+    return "\n\n".join(topics.values())
+
+
+@pytest.fixture(scope="session")
+def demo(demo_text):
+    """The bundled model on the CPU and five batches [4, 128] of token ids."""
+    model, tokenizer = cli.load_model(cli.BUNDLED, torch.device("cpu"), torch.float32)
+    return model, encode(tokenizer, demo_text[:60_000])[:2560].view(5, 4, 128)
+
+
+def test_learning_lowers_the_divergence(demo):
+    dense, batches = demo
+    targets = [logits(dense, ids) for ids in batches]
+    after = {}
+    for steps in (0, 40):
+        torch.manual_seed(0)
+        model = compress(copy.deepcopy(dense), batches[:4], 0.5, steps, lr=0.02)
+        after[steps] = [divergence(targets[:4], model, batches[:4]), divergence(targets[4:], model, batches[4:])]
+    seen, held_out = zip(*after.values())
+    assert seen[1] < 0.9 * seen[0]
+    assert held_out[1] < held_out[0]
+
+
+def test_compressing_leaves_the_rest_of_the_model_alone():
+    model = tiny_gpt2()
+    model.transformer.wpe.requires_grad_(False)
+    layers = block_layers(model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    new = compressed_layers(model, layers, collect_metric(model, layers, [tokens(2, 16)]), [tokens(2, 16)], 0.5, 3)
+    assert block_layers(model) == layers and new.keys() == set(layers.values())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for layer in new.values() for p in layer.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step():
+    model = tiny_gpt2()
+    layers = block_layers(model)
+    with pytest.raises(FloatingPointError, match="step 2 of 10.*learning rate"):
+        compress(model, [tokens(2, 16)], 0.5, steps=10, lr=1e30)
+    assert block_layers(model) == layers
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.1, float("nan"), 0.999])
+def test_an_impossible_ratio_is_named(ratio):
+    with pytest.raises(UserError, match=f"ratio {ratio}"):
+        compress(tiny_gpt2(), [tokens(2, 16)], ratio, steps=0)
+
+
+def test_the_library_prints_nothing(tmp_path):
+    # a process of its own: this one has turned the progress bars of transformers off
+    script = ("import test_soco as t, torch; m = t.compress(t.tiny_gpt2(), [t.tokens(2, 16)], 0.5, 3); "
+              "t.save(m, 'x'); t.load('x'); t.perplexity(m, t.tokens(64), 16)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- saving -------------------------------------------------------------------------------------
+
+def small(make=tiny_gpt2, steps=2):
+    return compress(make(), [tokens(2, 16)], 0.5, steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", MODELS)
+def test_a_saved_model_comes_back_bit_for_bit(make, dtype, device, tmp_path):
+    model, ids = make().to(device, dtype), tokens(2, 16, device=device)
+    compress(model, [ids], 0.5, steps=2)
+    save(model, tmp_path / "model")
+    again = load(tmp_path / "model").to(device)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    assert not list((tmp_path / "model").glob("*.bin"))
+    again.generate(ids, max_new_tokens=3, do_sample=False)
+
+
+def test_a_compressed_file_is_smaller(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    dense = block_layers(tiny_llama())
+    save(small(tiny_llama), tmp_path / "model")
+    files = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("dense", "model")]
+    removed = 4 * 0.5 * sum(matrix(layer).numel() for layer in dense.values())
+    assert files[0] - files[1] > 0.9 * removed
+
+
+STRANGER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+folder, ids = sys.argv[1], torch.load(sys.argv[2])
+try:
+    AutoModelForCausalLM.from_pretrained(folder)
+    error = None
+except Exception as e:
+    error = type(e).__name__
+sys.path.insert(0, sys.argv[3])
+import soco
+torch.save((error, soco.load(folder)(input_ids=ids, use_cache=False).logits.detach()), sys.argv[4])
+"""
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory):
+    """(error of loading without soco, logits of loading with it in a new process, logits before saving)."""
+    folder = tmp_path_factory.mktemp("stranger")
+    model, ids = small(), tokens(2, 16)
+    save(model, folder / "model")
+    torch.save(ids, folder / "ids")
+    subprocess.run([sys.executable, "-c", STRANGER, folder / "model", folder / "ids", str(ROOT), folder / "result"],
+                   check=True, cwd=folder, timeout=120)
+    return *torch.load(folder / "result"), logits(model, ids)
+
+
+def test_another_process_gets_the_same_logits(stranger):
+    assert torch.equal(stranger[1], stranger[2])
+
+
+def test_loading_without_the_script_fails_instead_of_inventing_weights(stranger):
+    assert stranger[0] is not None
+
+
+def test_saving_over_a_folder_needs_the_flag(tmp_path):
+    model = small()
+    save(model, tmp_path / "model")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="model exists"):
+        save(model, tmp_path / "model")
+    save(model, tmp_path / "model", overwrite=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_save_that_fails_leaves_nothing_half_written(error, overwrite, tmp_path):
+    model = small()
+    if overwrite:
+        save(model, tmp_path / "model", extra=lambda folder: (folder / "old").touch())
+    before = tree(tmp_path)
+
+    def extra(folder):
+        assert (folder / "model.safetensors").exists()
+        raise error
+
+    with pytest.raises(type(error)):
+        save(model, tmp_path / "model", overwrite=overwrite, extra=extra)
+    assert tree(tmp_path) == before and overwrite == (tmp_path / "model" / "old").exists()
+
+
+def test_a_dense_model_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match="not compressed"):
+        save(tiny_gpt2(), tmp_path / "model")
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda config: config.update(format=99), "format 99"),
+    (lambda config: config["layers"].update({"transformer.h.7.mlp.c_fc": {"k": 1, "bias": True}}), "transformer.h.7.mlp.c_fc"),
+])
+def test_a_folder_of_another_kind_is_refused(change, named, tmp_path):
+    save(small(steps=0), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=named):
+        load(tmp_path / "model")
+
+
+# ---- evaluator ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("make", MODELS)
+def test_perplexity_by_blocks_is_the_loss_of_the_model(make, device):
+    model, ids = make().to(device), tokens(70)
+    blocks = ids[:64].view(4, 16).to(device)
+    result = perplexity(model, ids, 16)
+    with torch.no_grad():
+        assert result.nll == pytest.approx(model(input_ids=blocks, labels=blocks).loss.item(), rel=1e-5)
+    assert result.ppl == pytest.approx(math.exp(result.nll), rel=1e-12)
+    assert result.tokens == 4 * 15
+
+
+@pytest.mark.parametrize("blocks", [None, 1, 3])
+@pytest.mark.parametrize("stride", [16, 15, 7, 1])
+def test_perplexity_by_stride_scores_every_token_once_with_all_its_context(stride, blocks):
+    model, ids = tiny_llama(), tokens(50)
+    windows = [start for start in range(0, 50, stride) if start + 16 <= 50][:blocks]
+    nats = []
+    for t in range(1, windows[-1] + 16):
+        start = next(start for start in windows if start + 16 > t)
+        if start < t:
+            nats.append(-logits(model, ids[None, start:t])[0, -1].log_softmax(-1)[ids[t]].item())
+    result = perplexity(model, ids, 16, stride, blocks)
+    assert result.tokens == len(nats)
+    assert result.nll == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+
+
+@pytest.mark.parametrize("length, seqlen, stride", [(15, 16, None), (40, 1, None), (40, 16, 17), (40, 16, -1)])
+def test_perplexity_without_one_whole_window_is_an_error(length, seqlen, stride):
+    with pytest.raises(ValueError, match=f"{length} tokens"):
+        perplexity(tiny_gpt2(), tokens(length), seqlen, stride)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_perplexity_is_measured_without_dropout_and_restores_the_mode(training):
+    model = tiny_gpt2(resid_pdrop=0.5).train(training)
+    assert perplexity(model, tokens(64), 16) == perplexity(tiny_gpt2(), tokens(64), 16)
+    assert model.training == training
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+def test_blocks_are_pieces_of_the_text_in_an_order_the_seed_decides(device):
+    ids = torch.arange(100, device=device)
+    blocks = sample_blocks(ids, 8, 12, seed=0)
+    assert sorted(block[0].item() for block in blocks) == list(range(0, 96, 8))
+    assert all((block == torch.arange(block[0], block[0] + 8, device=device)).all() for block in blocks)
+    assert torch.equal(sample_blocks(ids, 8, 5, seed=0), blocks[:5])
+    assert torch.equal(sample_blocks(ids, 8, 30, seed=0), blocks.repeat(3, 1)[:30])
+    assert not torch.equal(sample_blocks(ids, 8, 12, seed=1), blocks)
+
+
+def test_a_text_is_encoded_in_one_piece():
+    assert encode(tiny_tokenizer(), text(5000, seed=3)).tolist() == tokens(5000, seed=3).tolist()
+
+
+def test_wikitext_rows_are_joined_by_empty_lines(tmp_path, monkeypatch):
+    raw = {"test": " \n = Title = \n \nOne @-@ two .\n", "train": "train\n", "valid": "valid\n"}
+    write_wikitext(tmp_path / "wikitext.zip", raw)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: tmp_path / "wikitext.zip")
+    assert eval_ppl.load_text("wikitext2", "test") == "\n\n = Title = \n\n\n\n\nOne @-@ two .\n"
+    assert eval_ppl.load_text("wikitext2", "train") == "train\n"
+
+
+def test_the_splits_of_the_standard_library_share_no_text(monkeypatch):
+    documents = {f"module {i}": [f"only in {i}", "in all of them"] for i in range(50)}
+    monkeypatch.setattr(eval_ppl, "stdlib_documents", lambda: documents)
+    train, test = (eval_ppl.load_text("stdlib", split).split("\n\n") for split in ("train", "test"))
+    assert sorted(train + test) == sorted(["in all of them"] + [f"only in {i}" for i in range(50)])
+    assert "in all of them" in train and 0 < len(test) < 15
+    documents["module x"] = ["new"]
+    assert set(test) <= set(eval_ppl.load_text("stdlib", "test").split("\n\n"))
+
+
+def test_a_file_is_read_as_it_stands(tmp_path):
+    (tmp_path / "stdlib").write_text("one\r\n two\n", newline="")
+    assert eval_ppl.load_text(str(tmp_path / "stdlib"), "train") == eval_ppl.load_text(str(tmp_path / "stdlib"), "test")
+    assert eval_ppl.load_text(str(tmp_path / "stdlib"), "test").endswith(" two\n")
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+def write_wikitext(path, raw):
+    with zipfile.ZipFile(path, "w") as archive:
+        for split, rows in raw.items():
+            archive.writestr(f"wikitext-2-raw/wiki.{split}.raw", rows)
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    """A folder with the models and texts that command lines name."""
+    folder = tmp_path_factory.mktemp("house")
+    tokenizer = tiny_tokenizer()
+
+    def keep(model, name):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+    keep(tiny_gpt2(), "model")
+    keep(tiny_gpt2(n_layer=0), "blockless")
+    broken = tiny_gpt2()
+    broken.transformer.h[1].mlp.c_fc.weight.data[3, 4] = float("nan")
+    keep(broken, "nan")
+    save(small(), folder / "compressed", extra=tokenizer.save_pretrained)
+    (folder / "empty").mkdir()
+    keep(tiny_gpt2(), "torn")
+    weights = folder / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for seed, name in enumerate(["train", "test"]):
+        (folder / name).write_text(text(1000, seed))
+    (folder / "short").write_text(text(10, 2))
+    (folder / "binary").write_bytes(bytes(range(256)))
+    return folder
+
+
+@pytest.fixture
+def command(house, capsys, monkeypatch, tmp_path):
+    """Run a script like its command line, but in this process: command(script, arguments) is (code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, line):
+        arguments = line.format(house=house).split()
+        if script == "soco.py":
+            arguments = f"--model {house}/model --calib {house}/train --eval {house}/test --seqlen 16 --metric-batches 2 " \
+                        f"--eval-blocks 3 --steps 2".split() + arguments
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """(metrics.json, folder, stdout) of the bundled model's run, stderr checked to be empty."""
+    folder = tmp_path_factory.mktemp("demo") / "deep" / "folder"
+    done = run_script("soco.py", "--steps", 30, "--metric-batches", 8, "--eval-blocks", 40, "--out", folder, cwd=folder.parents[1])
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads((folder / "metrics.json").read_text()), folder, done.stdout
+
+
+def test_demo_order_of_the_methods(demo_run):
+    ppl = demo_run[0]["ppl"]
+    assert ppl["dense"] < ppl["compressed"] < ppl["svd_whitened"] < ppl["svd"]
+
+
+def test_demo_metrics_tell_the_whole_run(demo_run):
+    report, folder, _ = demo_run
+    asked = {"method", "model", "ratio", "seed", "compressible_params", "kept_params", "dense_bytes", "file_bytes", "seconds",
+             "peak_memory_bytes", "ppl", "eval", "layers", "calib", "seqlen", "batch_size", "metric_batches", "steps", "lr", "basis"}
+    assert asked <= report.keys()
+    assert {"dense", "svd", "svd_whitened", "compressed"} <= report["ppl"].keys()
+    assert {"data", "seqlen", "stride", "tokens", "dtype"} <= report["eval"].keys()
+    assert report["eval"]["data"] == report["calib"] == "stdlib"
+    assert report["eval"]["tokens"] == 40 * (report["eval"]["seqlen"] - 1)
+    assert report["file_bytes"] == (folder / "model.safetensors").stat().st_size < report["dense_bytes"]
+    assert all(seconds > 0 for seconds in report["seconds"].values()) and report["peak_memory_bytes"] > 10 ** 8
+
+
+def test_demo_counts_are_those_of_the_saved_modules(demo_run):
+    report, folder, _ = demo_run
+    model, stored, dense = load(folder), 0, 0
+    for layer in report["layers"]:
+        m, n = layer["shape"]
+        module = model.get_submodule(layer["name"])
+        dense += m * n
+        if layer["rank"] == "dense":
+            stored += module.weight.numel()
+        else:
+            assert module.up.weight.shape == (m, layer["rank"]) and module.down.weight.shape == (layer["rank"], n)
+            stored += module.up.weight.numel() + module.down.weight.numel()
+    assert report["compressible_params"] == dense and report["kept_params"] == stored
+    assert stored <= 0.5 * dense < stored + max(sum(layer["shape"]) for layer in report["layers"])
+
+
+def test_demo_prints_the_table_and_the_place(demo_run):
+    report, folder, out = demo_run
+    for label, key in [("dense", "dense"), ("plain SVD", "svd"), ("whitened SVD", "svd_whitened"), ("SoCo", "compressed")]:
+        row = next(line for line in out.splitlines() if line.startswith(label))
+        gap = math.log(report["ppl"][key] / report["ppl"]["dense"])
+        assert f"{report['ppl'][key]:.2f}" in row and re.search(rf"\s-?{abs(gap):.4f}\s", row)
+        kept = report["compressible_params"] if key == "dense" else report["kept_params"]
+        assert f"{kept:,}" in row or key.startswith("svd")
+    assert f"written to {folder}" in out
+    assert all(f"{setting} {report[setting]}" in out for setting in ("seed", "ratio", "steps", "lr", "basis", "seqlen"))
+
+
+def test_demo_folder_scores_the_same_in_a_new_process(demo_run):
+    report, folder, _ = demo_run
+    done = run_script("eval_ppl.py", "--model", folder, "--eval", "stdlib", "--blocks", 40, cwd=folder)
+    assert done.stderr == ""
+    assert float(re.match(r"perplexity (\S+)", done.stdout)[1]) == pytest.approx(report["ppl"]["compressed"], rel=1e-5)
+    for name, value in report["eval"].items():
+        assert f"{name} {value}" in done.stdout
+
+
+def test_a_run_can_be_repeated_from_its_metrics(command, tmp_path):
+    assert command("soco.py", "--steps 3 --ratio 0.4 --seed 3 --basis whitened --lr 0.02 --eval-stride 8 --out one")[0] == 0
+    first = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    flags = {"ratio", "calib", "seqlen", "batch_size", "metric_batches", "eval_seqlen", "eval_stride", "eval_blocks", "seed",
+             "basis", "steps", "lr", "model", "device", "dtype"}
+    line = " ".join(f"--{flag.replace('_', '-')} {first[flag]}" for flag in sorted(flags))
+    assert command("soco.py", f"{line} --eval {first['eval']['data']} --out two")[0] == 0
+    second = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert second["ppl"] == first["ppl"] and second["layers"] == first["layers"]
+    assert command("soco.py", f"{line} --eval {first['eval']['data']} --out three --seed 4")[0] == 0
+    assert json.loads((tmp_path / "three" / "metrics.json").read_text())["ppl"] != first["ppl"]
+
+
+def test_repeating_a_command_writes_to_a_fresh_folder(command, tmp_path):
+    folders = []
+    for _ in range(2):
+        code, out, err = command("soco.py", "--steps 0")
+        assert (code, err) == (0, "")
+        folders.append(re.search(r"written to (\S+);", out)[1])
+    assert folders[0] != folders[1]
+    assert sorted(map(Path, folders)) == sorted((tmp_path / "out").relative_to(tmp_path).glob("*"))
+
+
+def test_overwrite_replaces_a_compressed_folder(command, tmp_path):
+    assert command("soco.py", "--steps 0 --out mine")[0] == 0
+    (tmp_path / "mine" / "old").touch()
+    assert command("soco.py", "--steps 1 --out mine --overwrite")[0] == 0
+    assert json.loads((tmp_path / "mine" / "metrics.json").read_text())["steps"] == 1
+    assert not (tmp_path / "mine" / "old").exists() and [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_same_text_can_be_asked_for(command):
+    code, out, _ = command("soco.py", "--steps 0 --calib {house}/test --same-text")
+    assert code == 0 and "same_text True" in out
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("soco.py", "model device dtype ratio calib eval same-text seqlen batch-size eval-seqlen eval-stride eval-blocks seed out "
+                "overwrite basis steps lr"),
+    ("eval_ppl.py", "model device dtype eval seqlen stride blocks"),
+])
+def test_help_shows_every_flag(script, flags, command):
+    code, out, _ = command(script, "--help")
+    assert code == 0 and all(f"--{flag} " in out or f"--{flag}\n" in out for flag in flags.split())
+
+
+@pytest.mark.parametrize("stage", ["learning", "saving"])
+def test_an_interrupted_run_leaves_nothing(stage, command, monkeypatch, tmp_path):
+    if stage == "saving":
+        monkeypatch.setattr(cli, "model_card", lambda *args: signal.raise_signal(signal.SIGINT))
+    else:
+        backward, calls = torch.Tensor.backward, itertools.count()
+        monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **options:              # two of them are the metric's
+                            signal.raise_signal(signal.SIGINT) if next(calls) == 4 else backward(*args, **options))
+    code, _, err = command("soco.py", "--steps 10 --out new/folder")
+    assert code == 130 and err.count("\n") == 1 and "interrupted" in err
+    assert not any(path.is_file() for path in tmp_path.rglob("*")) and not (tmp_path / "new" / "folder").exists()
+
+
+# the hub, without a network: a cache folder as the hub's client writes it, and the client told to stay offline
+
+@pytest.fixture(scope="session")
+def hub_cache(house, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("hub")
+
+    def snapshot(repository):
+        revision = "0123456789abcdef0123456789abcdef01234567"
+        folder = cache / repository / "snapshots" / revision
+        folder.mkdir(parents=True)
+        (cache / repository / "refs").mkdir()
+        (cache / repository / "refs" / "main").write_text(revision)
+        return folder
+
+    gpt2 = snapshot("models--gpt2")
+    for path in (house / "model").iterdir():
+        (gpt2 / path.name).write_bytes(path.read_bytes())
+    counts = {"train": 2000, "valid": 300, "test": 900}
+    write_wikitext(snapshot("datasets--ggml-org--ci") / "wikitext-2-raw-v1.zip",
+                   {split: text(count, seed) + "\n" for seed, (split, count) in enumerate(counts.items())})
+    return cache
+
+
+def test_a_hub_model_learns_from_the_train_split_and_is_scored_on_the_test_split(hub_cache, tmp_path):
+    done = run_script("soco.py", "--model", "gpt2", "--ratio", 0.5, "--steps", 2, "--seqlen", 32, "--metric-batches", 2,
+                      "--out", "folder", cwd=tmp_path, HF_HOME=str(hub_cache), HF_HUB_CACHE=str(hub_cache), HF_HUB_OFFLINE="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "folder" / "metrics.json").read_text())
+    assert report["eval"] | {"data": "wikitext2", "tokens": 900 // 64 * 63, "seqlen": 64} == report["eval"]
+    assert report["calib"] == "wikitext2"
+    ids = tokens(900, seed=2)
+    assert report["ppl"]["dense"] == pytest.approx(perplexity(tiny_gpt2(), ids, 64).ppl, rel=1e-4)
+    assert report["ppl"]["compressed"] == pytest.approx(perplexity(load(tmp_path / "folder"), ids, 64).ppl, rel=1e-4)
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+def check_refusal(code, err, *named):
+    assert code == 2
+    assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
+    assert all(word in err for word in named), err
+
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is present")
+
+
+@pytest.mark.parametrize("line, named", [
+    ("--ratio 0", ["--ratio", "0 "]),
+    ("--ratio 1", ["--ratio", "1 "]),
+    ("--ratio 1.5", ["--ratio", "1.5"]),
+    ("--ratio -0.5", ["--ratio", "-0.5"]),
+    ("--ratio nan", ["--ratio", "nan"]),
+    ("--ratio abc", ["--ratio", "abc"]),
+    ("--ratio", ["--ratio"]),
+    ("--rati 0.5", ["--rati"]),
+    ("--steps -1", ["--steps", "-1"]),
+    ("--steps 1.5", ["--steps", "1.5"]),
+    ("--lr 0", ["--lr", "0 "]),
+    ("--batch-size 0", ["--batch-size", "0 "]),
+    ("--seed x", ["--seed", "x"]),
+    ("--seed 99999999999999999999", ["--seed", "99999999999999999999"]),
+    ("--basis diagonal", ["--basis", "diagonal"]),
+    ("--dtype float12", ["--dtype", "float12"]),
+    ("--model nobody/no-such-model", ["nobody/no-such-model", "bundled", "folder"]),
+    ("--model no/such/folder", ["no/such/folder", "bundled", "folder"]),
+    ("--model {house}/empty", ["{house}/empty", "config.json"]),
+    ("--model {house}/train", ["{house}/train", "folder"]),
+    ("--model {house}/torn", ["{house}/torn"]),
+    ("--model {house}/nan", ["{house}/nan", "transformer.h.1.mlp.c_fc.weight"]),
+    ("--model {house}/blockless", ["GPT2LMHeadModel", "Linear"]),
+    ("--model {house}/compressed", ["{house}/compressed", "compressed already"]),
+    ("--calib {house}/short", ["{house}/short", "10 tokens", "16"]),
+    ("--eval {house}/short", ["{house}/short", "10 tokens", "64"]),
+    ("--calib {house}/nowhere", ["{house}/nowhere", "stdlib"]),
+    ("--calib {house}/binary", ["{house}/binary"]),
+    ("--calib {house}/empty", ["{house}/empty", "stdlib"]),
+    ("--eval {house}/train", ["{house}/train", "--same-text"]),
+    ("--eval {house}/model/../train", ["train", "--same-text"]),
+    ("--calib wikitext2", ["wikitext2", "stdlib"]),
+    ("--seqlen 65", ["--seqlen 65", "64"]),
+    ("--eval-seqlen 65", ["--eval-seqlen 65", "64"]),
+    ("--eval-seqlen 16 --eval-stride 17", ["--eval-stride 17", "16"]),
+    ("--out {house}/compressed", ["{house}/compressed", "--overwrite"]),
+    ("--out {house}/empty", ["{house}/empty", "--overwrite"]),
+    ("--out {house}/model --overwrite", ["{house}/model", "--overwrite"]),
+    ("--out {house}/train --overwrite", ["{house}/train", "--overwrite"]),
+    ("--out {house}/train/new", ["{house}/train/new"]),
+    ("--out {house}/train/very/new", ["{house}/train"]),
+    ("--device tpu9", ["--device tpu9", "cpu"]),
+    ("--device meta", ["--device meta", "cpu"]),
+    ("--device cuda:99", ["--device cuda:99", "cpu"]),
+    pytest.param("--device cuda", ["--device cuda", "cpu"], marks=NO_CUDA),
+])
+def test_bad_input_is_one_line_and_writes_nothing(line, named, command, house, tmp_path):
+    before = tree(house)
+    code, out, err = command("soco.py", line)
+    check_refusal(code, err, *[word.format(house=house) for word in named])
+    assert out == ""                                           # no perplexity yet: refused before any long work
+    assert tree(house) == before and tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("line, named", [
+    ("--model {house}/nan", ["transformer.h.1.mlp.c_fc.weight"]),
+    ("--model nobody/no-such-model", ["nobody/no-such-model"]),
+    ("--model {house}/model --eval {house}/short", ["{house}/short", "10 tokens", "64"]),
+    ("--model {house}/model", ["wikitext2", "stdlib"]),
+    ("--model {house}/model --eval {house}/test --seqlen 65", ["--seqlen 65", "64"]),
+    ("--model {house}/model --eval {house}/test --seqlen 1", ["--seqlen", "1 "]),
+    ("--model {house}/model --eval {house}/test --seqlen 16 --stride 17", ["--stride 17", "16"]),
+    ("--blocks 0", ["--blocks", "0 "]),
+    pytest.param("--device cuda", ["--device cuda", "cpu"], marks=NO_CUDA),
+])
+def test_bad_input_of_the_evaluator_is_one_line(line, named, command, house):
+    code, out, err = command("eval_ppl.py", line)
+    check_refusal(code, err, *[word.format(house=house) for word in named])
+    assert out == ""
+
+
+def test_a_ratio_that_leaves_too_little_is_refused(command, tmp_path):
+    code, out, err = command("soco.py", "--ratio 0.99")
+    check_refusal(code, err, "0.99")
+    assert out == "" and tree(tmp_path) == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_command(command, monkeypatch, tmp_path):
+    forward = KLDivergence.forward
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: torch.isfinite(x) & (x.ndim > 0))
+    code, _, err = command("soco.py", "--steps 7")
+    assert KLDivergence.forward is forward
+    check_refusal(code, err, "step 1 of 7", "learning rate")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_logits_that_are_not_finite_are_refused(command, house, tmp_path):
+    model = tiny_gpt2()
+    model.transformer.h[0].mlp.c_proj.weight.data *= 1e30
+    model.transformer.h[0].mlp.c_fc.weight.data *= 1e30
+    model.save_pretrained(tmp_path / "loud")
+    tiny_tokenizer().save_pretrained(tmp_path / "loud")
+    code, _, err = command("soco.py", f"--model {tmp_path}/loud --out new")
+    check_refusal(code, err, "loud")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def empty_hub():
+    """Address of a hub on this machine that knows no model."""
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_model_the_hub_does_not_know_is_refused(empty_hub, tmp_path):
+    done = run_script("soco.py", "--model", "nobody/no-such-model", cwd=tmp_path, HF_ENDPOINT=empty_hub, HF_HUB_OFFLINE="0",
+                      HF_HOME=str(tmp_path / "cache"), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    check_refusal(done.returncode, done.stderr, "nobody/no-such-model", "neither a folder nor a model on the hub", "bundled")
+    assert done.stdout == "" and not (tmp_path / "out").exists()
+
+
+# ---- devices ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def meta_by_default():
+    """A default device without memory: a tensor made on it by accident can't be read."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("make", MODELS)
+def test_nothing_is_made_on_the_default_device(make, steps, tmp_path, request):
+    model, ids = make(), tokens(80)
+    blocks = sample_blocks(ids, 16, 4, seed=0)
+    request.getfixturevalue("meta_by_default")
+    assert torch.equal(sample_blocks(ids, 16, 4, seed=0), blocks)
+    compress(model, blocks.split(2), 0.5, steps)
+    save(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert {p.device.type for p in [*model.parameters(), *again.parameters(), *again.buffers()]} == {"cpu"}
+    assert perplexity(again, ids, 16) == perplexity(model, ids, 16)
+
+
+def test_no_source_file_names_a_device_for_the_caller():
+    sources = [path for folder in (ROOT, ROOT / "demo", ROOT / "bench") for path in folder.glob("*.py") if path != Path(__file__)]
+    assert len(sources) > 4
+    assert not [path.name for path in sources if ".cuda()" in path.read_text()]
