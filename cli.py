@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import SCRIPT_OF, UserError, block_layers, matrix, sample_blocks, save
+from common import SCRIPT_OF, UserError, block_layers, load, matrix, sample_blocks, save
 
 BUNDLED = str(Path(__file__).resolve().parent / "demo")     # a small GPT-2 that needs no download
 
@@ -32,24 +32,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def whole(low):
-    """argparse type: a whole number of at least `low`."""
+def whole(low, high=2 ** 31):
+    """argparse type: a whole number from `low` to `high`."""
     def parse(text):
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {low}")
+        if not re.fullmatch(r"-?\d+", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
         return int(text)
     return parse
 
 
-def between(low, high):
-    """argparse type: a number strictly between `low` and `high`."""
+def between(low, high, or_low=False):
+    """argparse type: a number between `low` and `high`, which are excluded, but `low` not with or_low."""
     def parse(text):
         try:
-            if low < float(text) < high:
+            if low < float(text) < high or (or_low and float(text) == low):
                 return float(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}, both excluded")
+        raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}{'' if or_low else ', both excluded'}")
     return parse
 
 
@@ -85,6 +85,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such device; use cpu, cuda or auto") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: nothing can be computed there; use cpu, cuda or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
@@ -99,7 +101,7 @@ def load_model(name, device, dtype):
     """(model, tokenizer) of a local folder, dense or compressed, or of a hub id; only safetensors is read."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     try:
         if Path(name).is_dir():
             config = json.loads((Path(name) / "config.json").read_text())
@@ -108,7 +110,7 @@ def load_model(name, device, dtype):
                 importlib.import_module(SCRIPT_OF[method])       # teaches transformers to load such a folder
         AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device)
+        model = load(name, dtype=dtype).to(device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         causes = [error]
         while causes[-1].__cause__ or causes[-1].__context__:
@@ -179,9 +181,10 @@ class Job:
         from eval_ppl import load_tokens
         args = self.args
         self.model, self.tokenizer = load_model(args.model, self.device, self.dtype)
-        self.layers = block_layers(self.model)
-        if getattr(self.model.config, "quantization_config", None):
-            raise UserError(f"--model {args.model} is compressed already: give the dense model")
+        try:
+            self.layers = block_layers(self.model)
+        except UserError as error:
+            raise UserError(f"--model {args.model}: {error}") from error
         args.eval_seqlen = args.eval_seqlen or min(longest_input(self.model) or 2048, 2048)
         args.eval_stride = args.eval_stride or args.eval_seqlen
         if args.eval_stride > args.eval_seqlen:
@@ -211,6 +214,8 @@ class Job:
         with self.clock("eval"):
             result = perplexity(self.model, self.eval_ids, self.args.eval_seqlen, self.args.eval_stride,
                                 self.args.eval_blocks, progress=True)
+        if not math.isfinite(result.nll):
+            raise UserError(f"--model {self.args.model}: {label}, perplexity is {result.ppl} in {self.dtype}; try --dtype float32")
         kept = kept or block_numbers(self.model, self.layers)
         if not self.rows:
             self.print_settings(result.tokens)

@@ -3,7 +3,7 @@
 **One metric serves both.** Replace a weight W [m, n] by W'. To second order the loss grows by what a Kronecker-factored
 Fisher matrix says (K-FAC, Martens & Grosse 2015, arXiv 1503.05671), up to a factor of one half:
 
-    E[ |R^(1/2) (W - W') x|^2 ]  =  | R^(1/2) (W - W') L |_F^2,        G = E[x x^T] = L L^T,   R = E[g g^T]
+    E[ |R^(1/2) (W - W') x|^2 ]  =  | R^(1/2) (W - W') L |_F^2,      G = E[x x^T] = L L^T,   R = diag E[g g^T]
 
 with x [n] the layer's input at a token and g [m] the gradient of that token's loss at its output. In the scaled
 matrix R^(1/2) W L a squared singular value, or a squared entry, is the loss it costs to drop it, in the same
@@ -29,6 +29,8 @@ class UserError(ValueError):
 
 def block_layers(model):
     """{name: layer} of every nn.Linear and Conv1D that stands inside the model's repeated blocks (its ModuleLists)."""
+    if getattr(getattr(model, "config", None), "quantization_config", None):
+        raise UserError(f"{type(model).__name__} is quantized or compressed already: give the dense model")
     inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     layers = {name: module for name, module in model.named_modules() if name.startswith(inside) and is_matrix(module)}
     if not layers:
@@ -79,16 +81,16 @@ def swapped(model, new_of):
 
 @dataclass
 class Metric:
-    G: torch.Tensor      # E[x x^T] [n, n] float32, inputs of the layer; its diagonal [n] if that was asked for
-    R: torch.Tensor      # E[g g^T] [m, m] float32, gradient of the summed loss at the outputs; its diagonal [m] likewise
+    G: torch.Tensor      # E[x x^T] [n, n] float32, inputs of the layer
+    R: torch.Tensor      # diagonal of E[g g^T] [m] float32, gradients of the loss at the outputs
 
 
-def collect_metric(model, layers, batches, full=True, progress=False):
+def collect_metric(model, layers, batches, progress=False):
     """{name: Metric} of `layers` {name: layer} over `batches` of token ids [batch, length].
 
     One pass forward and one backward of the whole model a batch, watched by hooks; sums in float32. The labels are
     drawn from the model's own prediction: E[g g^T] is then the Fisher matrix, the curvature of KL(model || changed
-    model), and not that of one text. full=False keeps the diagonals only. Raises UserError for a layer not reached.
+    model), and not that of one text. Raises UserError for a layer that no token reached.
     """
     G, R, same_input, tokens = {}, dict.fromkeys(layers, 0), {}, 0
     latest = (None, None)                                    # q, k and v read the same tensor: one Gram matrix for all
@@ -99,35 +101,41 @@ def collect_metric(model, layers, batches, full=True, progress=False):
             same_input[name] = latest[0]
         else:
             latest = (name, inputs[0])
-            G[name] = G.get(name, 0) + second_moment(inputs[0].detach(), full)
-        output.register_hook(lambda g: R.update({name: R[name] + second_moment(g, full)}))
+            x = inputs[0].detach().flatten(0, -2).float()
+            G[name] = G.get(name, 0) + x.T @ x
+        output.register_hook(lambda g: R.update({name: R[name] + g.flatten(0, -2).float().square().sum(0)}))
 
     hooks = [layer.register_forward_hook(functools.partial(watch, name)) for name, layer in layers.items()]
     hooks.append(model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()))
-    flags = {p: p.requires_grad for p in model.parameters()}
     try:
-        for p in flags:
-            p.requires_grad_(False)                          # gradients of the outputs are all that is asked for
-        for ids in bar(batches, progress, desc="metric", unit="batch"):
-            logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1).float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-            F.cross_entropy(logits, labels, reduction="sum").backward()
-            latest, tokens = (None, None), tokens + ids.numel()
+        with frozen(model):                                  # gradients of the outputs are all that is asked for
+            for ids in bar(batches, progress, desc="metric", unit="batch"):
+                logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1).float()
+                labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
+                F.cross_entropy(logits, labels, reduction="sum").backward()
+                latest, tokens = (None, None), tokens + ids.numel()
     finally:
         for hook in hooks:
             hook.remove()
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
     unreached = [name for name in layers if not torch.is_tensor(R[name])]
     if unreached:
         raise UserError(f"no calibration token reached layer {unreached[0]}: use more calibration text")
     return {name: Metric(G[same_input.get(name, name)] / tokens, R[name] / tokens) for name in layers}
 
 
-def second_moment(x, full):
-    """Sum of x x^T over all rows of x [..., n], in float32; its diagonal [n] if not full."""
-    x = x.flatten(0, -2).float()
-    return x.T @ x if full else x.square().sum(0)
+@contextlib.contextmanager
+def frozen(model):
+    """Inside the with block a model runs without dropout, and only parameters switched on there get gradients."""
+    flags, training = {p: p.requires_grad for p in model.parameters()}, model.training
+    model.eval()
+    for p in flags:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
 
 
 def input_device(model):
@@ -228,6 +236,12 @@ def save(model, folder, overwrite=False, extra=None):
 
 
 def load(folder, **options):
-    """The compressed model in a folder; options as for transformers' from_pretrained (dtype, device_map, ...)."""
+    """The model in a folder, compressed or dense; options as for transformers' from_pretrained (dtype, device_map, ...).
+
+    Only safetensors is read. Raises UserError where a tensor is missing: transformers would make up random numbers.
+    """
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise UserError(f"{folder} lacks tensor {sorted(info['missing_keys'])[0]}")
+    return model

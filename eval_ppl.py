@@ -47,12 +47,17 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=False):
     training = model.training
     model.eval()
     nats = tokens = 0
-    for start in bar(starts, progress, desc="perplexity", unit="block"):
-        window = ids[start:start + seqlen].to(input_device(model))[None]
-        logits = model(input_ids=window, use_cache=False).logits[0, :-1]
-        new = slice(0 if start == 0 or stride == seqlen else seqlen - stride - 1, None)   # not scored before
-        nats += F.cross_entropy(logits[new].float(), window[0, 1:].to(logits.device)[new], reduction="sum").item()
-        tokens += len(logits[new])
+    at_once = max(1024 // seqlen, 1)                                   # windows in one forward pass
+    for first in bar(range(0, len(starts), at_once), progress, desc="perplexity", unit="batch"):
+        some = starts[first:first + at_once]
+        windows = torch.stack([ids[start:start + seqlen] for start in some]).to(input_device(model))
+        logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
+        targets = windows[:, 1:].to(logits.device, copy=True)
+        for target, start in zip(targets, some):
+            target[:seqlen - stride - 1 if start and stride < seqlen else 0] = -100     # scored in the window before
+        for logit, target in zip(logits, targets):
+            nats += F.cross_entropy(logit.float(), target, reduction="sum").item()
+        tokens += (targets != -100).sum().item()
     model.train(training)
     return Perplexity(math.exp(min(nats / tokens, 700)), nats / tokens, tokens)
 
@@ -99,7 +104,10 @@ def stdlib(split):
 def load_text(name, split):
     """The text called `name` (wikitext2, stdlib) in its train or test split, or the text file `name` as it stands."""
     if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read text {name!r} ({error}): give a UTF-8 text file, wikitext2 or stdlib") from error
     if name not in TEXTS:
         raise UserError(f"{name!r} is no text: give a text file, or one of {', '.join(TEXTS)}")
     try:
@@ -139,6 +147,8 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer = load_model(args.model, device, dtype)
     seqlen = args.seqlen or min(longest_input(model) or 2048, 2048)
+    if (args.stride or seqlen) > seqlen:
+        raise UserError(f"--stride {args.stride} is longer than the window, {seqlen} tokens: it would skip text")
     check_seqlen("--seqlen", seqlen, model)
     data = args.eval or ("stdlib" if args.model == BUNDLED else "wikitext2")
     result = perplexity(model, load_tokens(tokenizer, data, "test", seqlen), seqlen, args.stride, args.blocks, progress=True)

@@ -288,7 +288,7 @@ class Draft(nn.Module):
         super().__init__()
         self.layer, self.G = layer, metric.G
         self.rows, self.columns = ((A + 1e-6 * A.mean()).sqrt() if scale else torch.ones_like(A)
-                                   for A in (metric.R.diagonal(), metric.G.diagonal()))
+                                   for A in (metric.R, metric.G.diagonal()))
         self.m, self.n = matrix(layer).shape
         self.set_low_rank(self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n))
         self.mask = torch.ones(self.m, self.n, dtype=torch.bool, device=self.rows.device)
@@ -398,20 +398,20 @@ def choose_by_metric(drafts, budget, rounds, uniform, refitted, progress):
 
 
 def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
-    """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient."""
-    splits = []
-    for draft in bar(drafts, progress, desc="robust PCA", unit="matrix"):
-        split = rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)
-        splits.append(split._replace(U=split.U / draft.rows[:, None], V=split.V / draft.columns, S=split.S / draft.rows[:, None] / draft.columns))
-    values = [value for draft, split in zip(drafts, splits)
-              for value in (split.sigma.square(), (draft.rows[:, None] * split.S * draft.columns).square())]
+    """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient.
+
+    The probabilities start at worth / (worth + cost * mean worth), projected on the budget: what the metric would say.
+    """
+    splits = [rpca(draft.scaled(), max_iter=RPCA_ITERATIONS) for draft in bar(drafts, progress, desc="robust PCA", unit="matrix")]
+    worths = [worth for split in splits for worth in (split.sigma.square(), split.S.square())]
     cost = [each for draft in drafts for each in (draft.m + draft.n, 1)]
 
     def set_masks(masks):
-        for draft, split, m_sigma, m_S in zip(drafts, splits, masks[::2], masks[1::2]):
-            kept = m_sigma.bool()
-            draft.U, draft.V = split.U[:, kept] * split.sigma[kept], split.V[kept]
-            draft.S, draft.mask = split.S.to(draft.S.dtype), m_S.bool()
+        for draft, split, directions, entries in zip(drafts, splits, masks[::2], masks[1::2]):
+            kept = directions.bool()
+            draft.set_low_rank(split.U[:, kept] * split.sigma[kept], split.V[kept])
+            draft.S = (split.S / draft.rows[:, None] / draft.columns).to(draft.S.dtype)
+            draft.mask = entries.bool() & (split.S != 0)
 
     def loss_of(masks, step):
         set_masks(masks)
@@ -419,10 +419,11 @@ def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
         with torch.no_grad(), swapped(model, {draft.layer: draft for draft in drafts}):
             return model(input_ids=ids, labels=ids, use_cache=False).loss.item()
 
-    p = project([v / (v + c * torch.cat([u.flatten() for u in values]).mean()) for v, c in zip(values, cost)], cost, budget)
+    mean = sum(worth.sum() for worth in worths) / sum(worth.numel() for worth in worths)
+    p = project([worth / (worth + c * mean) for worth, c in zip(worths, cost)], cost, budget)
     generator = torch.Generator(device=p[0].device).manual_seed(seed)
-    p, losses = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator, progress=progress)
-    set_masks([m & (v > 0) for m, v in zip(keep_most_probable(p, cost, budget), values)])
+    p, _ = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator, progress=progress)
+    set_masks(keep_most_probable(p, cost, budget))
 
 
 # ---- baselines, load, command ---------------------------------------------------------------------
@@ -451,7 +452,7 @@ register("cap", build_empty)
 def main():
     parser = run_parser(__doc__)
     parser.add("--estimator", "of the mask: metric, or the paper's policy gradient", choices=ESTIMATORS, default="metric")
-    parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(-1e-9, 1), default=0.04)
+    parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(0, 1, or_low=True), default=0.04)
     parser.add("--rounds", "of pruning and refitting", type=whole(1), default=5)
     parser.add("--no-scale", "split and choose in the units of W, without the metric", action="store_true")
     parser.add("--no-refit", "keep the values that stage 1 gave", action="store_true")

@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (UserError, bar, block_layers, collect_metric, dense_like, input_device, load, mark_compressed, matrix, register,
-                    save, swap, swapped)
+from common import (UserError, bar, block_layers, collect_metric, dense_like, frozen, input_device, load, mark_compressed,
+                    matrix, register, save, swap, swapped)
 
 
 # ---- the mathematics ----------------------------------------------------------------------------
@@ -31,14 +31,19 @@ from common import (UserError, bar, block_layers, collect_metric, dense_like, in
 def factor(W, G=None, R=None, damping=1e-4):
     """Singular value decomposition in a metric: U [m, r], sigma [r] (falling), V [r, n] with W = U diag(sigma) V.
 
-    G [n, n]: Gram matrix of the inputs, R [m, m]: of the output gradients, or None for the identity. With roots
-    G = L L^T and R = C C^T it is the SVD of C^T W L (common.py), taken back: dropping component i costs sigma_i^2.
-    Float64 throughout, by an eigendecomposition of the smaller Gram matrix of C^T W L.
+    G [n, n]: Gram matrix of the inputs = L L^T, R [m]: mean squared gradient of each output; None is the identity.
+    It is the SVD of R^(1/2) W L (common.py), taken back to W: dropping component i costs sigma_i^2.
+    In float64, by an eigendecomposition of the smaller Gram matrix of R^(1/2) W L.
     """
-    L, C = root(G, damping), root(R, damping)
     A = W.double()
-    A = A if L is None else A @ L
-    A = A if C is None else C.T @ A
+    if G is not None:
+        G = G.double()
+        G = G + damping * G.diagonal().mean().clamp_min(1e-30) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+        L = torch.linalg.cholesky(G)
+        A = A @ L
+    if R is not None:
+        rows = (R.double() + damping * R.double().mean().clamp_min(1e-30)).sqrt()[:, None]
+        A = rows * A
     if wide := A.shape[0] <= A.shape[1]:
         A = A.T
     Q = torch.linalg.eigh(A.T @ A)[1].flip(1)                         # right singular vectors [*, r], falling sigma
@@ -46,18 +51,9 @@ def factor(W, G=None, R=None, damping=1e-4):
     sigma = AQ.norm(dim=0)
     AQ = AQ / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
     U, V = (Q, AQ.T) if wide else (AQ, Q.T)
-    U = U if C is None else torch.linalg.solve_triangular(C.T, U, upper=True)
-    V = V if L is None else torch.linalg.solve_triangular(L, V, upper=False, left=False)
+    U = U if R is None else U / rows
+    V = V if G is None else torch.linalg.solve_triangular(L, V, upper=False, left=False)
     return U, sigma, V
-
-
-def root(A, damping):
-    """Lower-triangular C with C C^T = A + damping mean(diag A) I, in float64; None for None."""
-    if A is None:
-        return None
-    A = A.double()
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    return torch.linalg.cholesky(A + damping * A.diagonal().mean().clamp_min(1e-30) * eye)
 
 
 def stored_numbers(k, m, n):
@@ -134,7 +130,7 @@ class ScoredLinear(nn.Module):
 
     A component that is not kept adds nothing to y, yet its score receives the gradient it would have if it were
     (straight through), so that it can grow and come back. `drop` removes components for good.
-    `dense` is the layer it stands for; with `teacher` set it answers in its place.
+    `layer` is the dense layer it stands for; with `teacher` set, that one answers.
     """
 
     def __init__(self, layer, U, sigma, V, offset_scale=1.0):
@@ -208,6 +204,9 @@ class LowRankLinear(nn.Module):
 # ---- compressing a model ------------------------------------------------------------------------
 
 BASES = ("plain", "whitened", "two-sided")
+LR = 0.02        # of the scores; the random part of Adam's steps costs about lr^2 sum(sigma^2) nats each
+SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
+POOL = 1.3       # components that a budget this much larger would not keep are dropped for good in stages 1 and 2
 
 
 def decompose(layer, metric, basis):
@@ -215,10 +214,10 @@ def decompose(layer, metric, basis):
     return factor(matrix(layer), None if basis == "plain" else metric.G, metric.R if basis == "two-sided" else None)
 
 
-def truncate(layers, metrics, basis, ratio):
+def truncate(layers, metrics, basis, ratio, progress=False):
     """{layer: LowRankLinear} by truncated SVD at the same share of every matrix: the baseline without any choice."""
     new = {}
-    for name, layer in layers.items():
+    for name, layer in bar(layers.items(), progress, desc="decompose", unit="matrix"):
         U, sigma, V = decompose(layer, metrics[name], basis)
         k = max(int((1 - ratio) * len(U) * V.shape[1] / (len(U) + V.shape[1])), 1)
         half = sigma[:k].sqrt()
@@ -243,28 +242,16 @@ def compress(model, batches, ratio=0.5, steps=200, metrics=None, progress=False,
     return model
 
 
-def compressed_layers(model, layers, metrics, batches, ratio, steps, lr=0.05, basis="two-sided", deviation=True,
-                      stages=(0.3, 0.4, 0.3), progress=False):
+def compressed_layers(model, layers, metrics, batches, ratio, steps, lr=LR, basis="two-sided", deviation=True,
+                      stages=(0.5, 0.1, 0.4), progress=False):
     """{layer: its replacement} for `layers` {name: layer} of a model, which is left as it was.
 
     stages: the parts of the run that descend, swing and polarise. steps=0 chooses without learning.
-    Raises UserError for an impossible ratio, FloatingPointError when the loss is not finite.
+    Raises UserError for a ratio that leaves too little, FloatingPointError when the loss is not finite.
     """
-    if not 0 < ratio < 1:
-        raise UserError(f"ratio {ratio} is not between 0 and 1")
-    numbers = sum(matrix(layer).numel() for layer in layers.values())
     deviation = deviation and steps > 0
-    offsets = sum(len(matrix(layer)) for layer in layers.values() if deviation and layer.bias is None)
-    budget = (1 - ratio) * numbers - offsets
-    smallest = sum(sum(matrix(layer).shape) for layer in layers.values())
-    if budget < smallest:
-        raise UserError(f"ratio {ratio} leaves {budget:.0f} numbers, and one component of every matrix takes {smallest}")
-    scored = {}
-    for name, layer in bar(layers.items(), progress, desc="decompose", unit="matrix"):
-        U, sigma, V = decompose(layer, metrics[name], basis)
-        W = matrix(layer).double()
-        output_rms = ((W @ metrics[name].G.double()) * W).sum(1).mean().sqrt().item()
-        scored[layer] = ScoredLinear(layer, U, sigma, V, offset_scale=output_rms)
+    budget = budget_for(layers, ratio, deviation)
+    scored = scored_layers(layers, metrics, basis, progress)
     students = list(scored.values())
     keep_best(students, budget)
     if steps:
@@ -273,8 +260,27 @@ def compressed_layers(model, layers, metrics, batches, ratio, steps, lr=0.05, ba
     return {layer: student.finish() for layer, student in scored.items()}
 
 
-SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
-POOL = 1.3       # components that a budget this much larger would not keep are dropped for good in stages 1 and 2
+def budget_for(layers, ratio, deviation):
+    """Numbers that the factors of `layers` {name: layer} may take: what `ratio` leaves, less the deviations' new biases."""
+    if not 0 < ratio < 1:
+        raise UserError(f"ratio {ratio} is not between 0 and 1")
+    numbers = sum(matrix(layer).numel() for layer in layers.values())
+    budget = (1 - ratio) * numbers - sum(len(matrix(layer)) for layer in layers.values() if deviation and layer.bias is None)
+    smallest = sum(sum(matrix(layer).shape) for layer in layers.values())
+    if budget < smallest:
+        raise UserError(f"ratio {ratio} leaves {budget:.0f} numbers, and one component of every matrix takes {smallest}: "
+                        f"give a smaller ratio")
+    return budget
+
+
+def scored_layers(layers, metrics, basis, progress=False):
+    """{layer: ScoredLinear}, all components kept and all scores 1, for `layers` {name: layer}."""
+    scored = {}
+    for name, layer in bar(layers.items(), progress, desc="decompose", unit="matrix"):
+        W = matrix(layer).float()
+        output_rms = ((W @ metrics[name].G) * W).sum(1).mean().sqrt().item()
+        scored[layer] = ScoredLinear(layer, *decompose(layer, metrics[name], basis), offset_scale=output_rms)
+    return scored
 
 
 def keep_best(layers, budget):
@@ -287,56 +293,47 @@ def keep_best(layers, budget):
     return stored_numbers(torch.stack([kept.sum() for kept in chosen]), m, n).sum().item()
 
 
+def stage_and_target(step, steps, stages, budget, numbers):
+    """The stage a step belongs to, and the budget of numbers that its mask is chosen for."""
+    done, (descend, swing, _) = (step + 1) / steps, stages
+    if done <= descend:
+        return "descend", budget + (numbers - budget) * (1 - done / descend) ** 3
+    if done <= descend + swing:
+        return "swing", budget * (1 + SWING * (-1) ** step)
+    return "polarise", budget
+
+
 def learn(model, layers, batches, budget, steps, lr, deviation, stages, progress):
     """Train S and d of the ScoredLinear `layers` of a model, and leave their masks on what the budget keeps."""
-    numbers = sum(layer.m * layer.n for layer in layers)
-    descended, swung = stages[0], stages[0] + stages[1]               # parts of the run at which stages 1 and 2 end
-    flags = {p: p.requires_grad for p in model.parameters()}
+    numbers, stage = sum(layer.m * layer.n for layer in layers), None
     scores, deviations = [layer.S for layer in layers], [layer.d for layer in layers] if deviation else []
-    for p in flags:
-        p.requires_grad_(False)
-    for p in scores + deviations:
-        p.requires_grad_(True)
     optimizer = torch.optim.Adam([{"params": scores, "lr": lr}, {"params": deviations, "lr": lr / 2}], betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 5, 1.0) * min((1 - step / steps) / 0.4, 1.0))
-    stage = ""
-    steps_bar = bar(range(steps), progress, desc="learn", unit="step")
-    for step in steps_bar:
-        done = (step + 1) / steps
-        if done <= swung:
-            stage = "descend" if done <= descended else "swing"
-            if stage == "descend":
-                target = budget + (numbers - budget) * (1 - done / descended) ** 3
-            else:
-                target = budget * (1 + SWING * (-1) ** step)
-            keep_best(layers, min(target * POOL, numbers))            # what is outside the pool cannot come back
-            drop_masked(layers)
-            kept = keep_best(layers, target)
-        elif stage != "polarise":
-            stage = "polarise"
-            kept = keep_best(layers, budget)
-            drop_masked(layers)
-        ids = batches[step % len(batches)].to(input_device(model))
-        with torch.no_grad(), teacher(layers):
-            target_logits = model(input_ids=ids, use_cache=False).logits
-        loss = KLDivergence.apply(target_logits, model(input_ids=ids, use_cache=False).logits)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1} of {steps}: lower the learning rate, now {lr}")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        steps_bar.set_postfix(stage=stage, kept=f"{kept / numbers:.4f}", loss=f"{loss.item():.4f}")
+    schedule = torch.optim.lr_scheduler.LambdaLR(                     # the rates fall to zero over stage 3
+        optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / steps) / max(stages[2], 1e-9)))
+    with frozen(model):
+        for p in scores + deviations:
+            p.requires_grad_(True)
+        steps_bar = bar(range(steps), progress, desc="learn", unit="step")
+        for step in steps_bar:
+            before, (stage, target) = stage, stage_and_target(step, steps, stages, budget, numbers)
+            if stage != "polarise" or before != stage:
+                keep_best(layers, target if stage == "polarise" else min(POOL * target, numbers))
+                for layer in layers:
+                    layer.drop(layer.kept.bool())                     # what is outside the pool cannot come back
+                kept = keep_best(layers, target)
+            ids = batches[step % len(batches)].to(input_device(model))
+            with torch.no_grad(), teacher(layers):
+                dense_logits = model(input_ids=ids, use_cache=False).logits
+            loss = KLDivergence.apply(dense_logits, model(input_ids=ids, use_cache=False).logits)
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1} of {steps}: lower the learning rate, --lr, now {lr}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            steps_bar.set_postfix(stage=stage, kept=f"{kept / numbers:.4f}", loss=f"{loss.item():.4f}")
     if stage != "polarise":
         keep_best(layers, budget)
-    for p, flag in flags.items():
-        p.requires_grad_(flag)
-
-
-def drop_masked(layers):
-    for layer in layers:
-        layer.drop(layer.kept.bool())
 
 
 @contextlib.contextmanager
@@ -379,22 +376,23 @@ def main():
     parser = run_parser(__doc__)
     parser.add("--basis", "of the decomposition", choices=BASES, default="two-sided")
     parser.add("--steps", "of learning, over all three stages", type=whole(0), default=200)
-    parser.add("--lr", "Adam's learning rate for the scores", type=between(0, 10), default=0.05)
+    parser.add("--lr", "Adam's learning rate for the scores", type=between(0, 10), default=LR)
     parser.add("--no-deviation", "do not learn the output offsets d", action="store_true")
     args = parser.parse_args()
     job = Job(args, "soco")
     model, layers = job.model, job.layers
+    budget_for(layers, args.ratio, not args.no_deviation)            # refuses an impossible ratio before any work
     shapes = {name: tuple(matrix(layer).shape) for name, layer in layers.items()}
     job.score("dense", "dense")
     with job.clock("metric"):
         metrics = collect_metric(model, layers, job.batches(args.metric_batches), progress=True)
     for key, label, basis in [("svd", "plain SVD, same share", "plain"), ("svd_whitened", "whitened SVD, same share", "whitened")]:
         with job.clock("baselines"):
-            baseline = truncate(layers, metrics, basis, args.ratio)
+            baseline = truncate(layers, metrics, basis, args.ratio, progress=True)
         with swapped(model, baseline):
             job.score(key, label)
     with job.clock("baselines"):
-        unlearned = compressed_layers(model, layers, metrics, [], args.ratio, steps=0, basis=args.basis)
+        unlearned = compressed_layers(model, layers, metrics, [], args.ratio, steps=0, basis=args.basis, progress=True)
     with swapped(model, unlearned):
         job.score("svd_global", f"{args.basis} SVD, global choice")
     del unlearned

@@ -2,7 +2,9 @@
 
 Every expected value is computed here a second way, by a slower or plainer formula; none was recorded from a run.
 """
+import contextlib
 import copy
+import gc
 import http.server
 import itertools
 import json
@@ -10,10 +12,12 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -23,6 +27,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -121,17 +126,17 @@ def run_script(script, *args, cwd, **environment):
 
 # ---- mathematics --------------------------------------------------------------------------------
 
-def metric_of(basis, m, n, device, samples=60):
-    """Random inputs x and output gradients g, and the G and R that a basis makes of them."""
-    x, g = random(samples, n, seed=3, device=device), random(samples + 1, m, seed=4, device=device)
-    return x, g, None if basis == "plain" else x.T @ x / len(x), g.T @ g / len(g) if basis == "two-sided" else None
+def metric_of(basis, m, n, device):
+    """Random inputs x [60, n], output weights R [m], and the G and R that a basis takes."""
+    x, R = random(60, n, seed=3, device=device), random(m, seed=4, device=device).square()
+    return x, R, None if basis == "plain" else x.T @ x / len(x), R if basis == "two-sided" else None
 
 
 @pytest.mark.parametrize("m, n", SHAPES)
 @pytest.mark.parametrize("basis", BASES)
 def test_factors_multiply_back_to_the_weight(basis, m, n, device):
     W = random(m, n, device=device)
-    _, _, G, R = metric_of(basis, m, n, device)
+    *_, G, R = metric_of(basis, m, n, device)
     U, sigma, V = factor(W, G, R)
     assert (U.shape, sigma.shape, V.shape) == ((m, min(m, n)), (min(m, n),), (min(m, n), n))
     torch.testing.assert_close((U * sigma) @ V, W, rtol=1e-10, atol=1e-10)
@@ -141,8 +146,9 @@ def test_factors_multiply_back_to_the_weight(basis, m, n, device):
 @pytest.mark.parametrize("basis", BASES)
 def test_sigma_are_the_singular_values_in_the_metric(basis, m, n, device):
     W = random(m, n, device=device)
-    x, g, G, R = metric_of(basis, m, n, device)
-    scaled = {"plain": W, "whitened": W @ x.T / len(x) ** 0.5, "two-sided": g @ W @ x.T / (len(x) * len(g)) ** 0.5}[basis]
+    x, rows, G, R = metric_of(basis, m, n, device)
+    outputs = W @ x.T / len(x) ** 0.5
+    scaled = {"plain": W, "whitened": outputs, "two-sided": rows.sqrt()[:, None] * outputs}[basis]
     sigma = factor(W, G, R, damping=1e-13)[1]
     torch.testing.assert_close(sigma, torch.linalg.svdvals(scaled)[:len(sigma)], rtol=1e-7, atol=1e-8)
 
@@ -151,12 +157,12 @@ def test_sigma_are_the_singular_values_in_the_metric(basis, m, n, device):
 @pytest.mark.parametrize("basis", BASES)
 def test_truncation_costs_the_energy_of_what_it_drops(basis, m, n, device):
     W = random(m, n, device=device)
-    x, g, G, R = metric_of(basis, m, n, device)
+    x, rows, G, R = metric_of(basis, m, n, device)
     U, sigma, V = factor(W, G, R, damping=1e-13)
     for k in range(len(sigma)):
         change = W - (U[:, :k] * sigma[:k]) @ V[:k]
-        measured = {"plain": change.square().sum(), "whitened": (x @ change.T).square().sum(1).mean(),
-                    "two-sided": (g @ change @ x.T).square().mean()}[basis]
+        outputs = (x @ change.T).square().mean(0)
+        measured = {"plain": change.square().sum(), "whitened": outputs.sum(), "two-sided": rows @ outputs}[basis]
         torch.testing.assert_close(measured, sigma[k:].square().sum(), rtol=1e-8, atol=0)
 
 
@@ -177,9 +183,9 @@ def test_whitened_truncation_never_loses_on_the_calibration_output(m, n, device)
     (torch.zeros(4, 6), None, None),
     (torch.ones(4, 6), torch.ones(6, 6), None),
     (random(4, 6), torch.zeros(6, 6), None),
-    (random(4, 6), torch.eye(6), torch.zeros(4, 4)),
-    (random(4, 6), torch.diag(torch.tensor([1e6, 1.0, 1e-6, 0.0, 0.0, 0.0])), torch.ones(4, 4)),
-], ids=["zero weight", "rank one", "inputs all zero", "gradients all zero", "inputs mostly zero"])
+    (random(4, 6), torch.eye(6), torch.zeros(4)),
+    (random(4, 6), torch.diag(torch.tensor([1e6, 1.0, 1e-6, 0.0, 0.0, 0.0])), torch.tensor([1.0, 0.0, 0.0, 1e-9])),
+], ids=["zero weight", "rank one", "inputs all zero", "gradients all zero", "both mostly zero"])
 def test_a_degenerate_metric_still_gives_the_weight_back(W, G, R):
     U, sigma, V = factor(W, G, R)
     torch.testing.assert_close((U * sigma) @ V, W.double(), rtol=1e-6, atol=1e-6)
@@ -192,11 +198,11 @@ def test_stored_numbers_counts_two_factors_or_one_dense_matrix(device):
             assert stored_numbers(*torch.tensor([k, m, n], device=device)) == counted
 
 
-CHOICES = [(4, 6), (5, 5), (3, 8)]
+CHOICES = [(4, 30), (5, 5), (9, 6)]
 
 
 def spectra(seed, device="cpu"):
-    return [random(min(shape), seed=100 * seed + i, device=device).exp() for i, shape in enumerate(CHOICES)]
+    return [(2 * random(min(shape), seed=100 * seed + i, device=device)).exp() for i, shape in enumerate(CHOICES)]
 
 
 def cost_of(ranks):
@@ -227,7 +233,7 @@ def chosen_ranks(worth, budget):
     return [kept.sum().item() for kept in keep]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_choose_spends_every_budget_and_no_more(seed, device):
     worth = spectra(seed, device)
     ranks = [range(1, min(shape) + 1) for shape in CHOICES]
@@ -242,7 +248,7 @@ def test_choose_spends_every_budget_and_no_more(seed, device):
         assert value_of(k, worth) >= max(value for cost, value in best if cost <= budget) - 1e-9
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_choose_is_optimal_wherever_one_price_meets_the_budget(seed, device):
     worth = spectra(seed, device)
     ranks = [range(1, min(shape) + 1) for shape in CHOICES]
@@ -275,7 +281,7 @@ def test_kl_divergence_and_its_gradient_match_the_plain_formula(dtype, tolerance
 def scored(kind, m, n, basis="plain", device="cpu"):
     """(layer, its ScoredLinear, inputs [4, n]), the weights and inputs in float64."""
     layer = make_layer(kind, m, n, device)
-    _, _, G, R = metric_of(basis, m, n, device)
+    *_, G, R = metric_of(basis, m, n, device)
     return layer, ScoredLinear(layer, *factor(matrix(layer), G, R)), random(4, n, seed=7, device=device)
 
 
@@ -411,12 +417,12 @@ def test_metric_holds_the_second_moment_of_the_inputs(make, device):
     for name, layer in layers.items():
         X = torch.cat(seen[name])
         torch.testing.assert_close(metrics[name].G.double(), X.T @ X / 120, rtol=1e-4, atol=1e-5 * (X ** 2).mean().item())
-        spectrum = torch.linalg.eigvalsh(metrics[name].R.double())
-        assert metrics[name].R.shape == 2 * (len(matrix(layer)),)
-        assert spectrum.min() > -1e-5 * spectrum.max() and spectrum.max() > 0
+        assert torch.linalg.eigvalsh(metrics[name].G.double()).min() > -1e-5 * (X ** 2).mean()
+        assert metrics[name].R.shape == matrix(layer).shape[:1]
+        assert metrics[name].R.min() >= 0 and metrics[name].R.max() > 0
 
 
-def test_metric_of_the_outputs_is_the_fisher_matrix_of_the_model():
+def test_metric_of_the_outputs_is_the_fisher_diagonal_of_the_model():
     # one token a text: the expectation over labels that collect_metric draws can be written out
     model = tiny_gpt2()
     layers = block_layers(model)
@@ -429,7 +435,7 @@ def test_metric_of_the_outputs_is_the_fisher_matrix_of_the_model():
     fisher = dict.fromkeys(layers, 0)
     for log in logs:
         for name, g in zip(layers, torch.autograd.grad(-log, [outputs[name] for name in layers], retain_graph=True)):
-            fisher[name] = fisher[name] + log.exp().detach() * g.flatten().outer(g.flatten())
+            fisher[name] = fisher[name] + log.exp().detach() * g.flatten().square()
     metrics = collect_metric(model, layers, [torch.full((4000, 1), 5), torch.full((4000, 1), 5)])
     for name in layers:
         assert (metrics[name].R - fisher[name]).norm() < 0.1 * fisher[name].norm()
@@ -442,15 +448,6 @@ def test_layers_that_read_the_same_input_share_its_metric():
     assert block["q_proj"].G is block["k_proj"].G is block["v_proj"].G
     assert block["gate_proj"].G is block["up_proj"].G
     assert not torch.equal(block["o_proj"].G, block["q_proj"].G)
-
-
-def test_the_diagonal_metric_is_the_diagonal_of_the_full_one():
-    model, batches = tiny_gpt2(), [tokens(2, 16)]
-    full, diagonal = (torch.manual_seed(0) and collect_metric(model, block_layers(model), batches, full=full) for full in (True, False))
-    for name in full:
-        for side in "GR":
-            expected = getattr(full[name], side).diagonal()
-            torch.testing.assert_close(getattr(diagonal[name], side), expected, rtol=1e-4, atol=1e-5 * expected.max().item())
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -592,7 +589,7 @@ def test_learning_lowers_the_divergence(demo):
     assert held_out[1] < held_out[0]
 
 
-def test_compressing_leaves_the_rest_of_the_model_alone():
+def test_finding_the_replacements_leaves_the_model_alone():
     model = tiny_gpt2()
     model.transformer.wpe.requires_grad_(False)
     layers = block_layers(model)
@@ -603,6 +600,23 @@ def test_compressing_leaves_the_rest_of_the_model_alone():
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.requires_grad for layer in new.values() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_compressed_model_keeps_its_other_weights_and_frees_the_dense_ones(make):
+    model = make()
+    dense = {name: weakref.ref(layer.weight) for name, layer in block_layers(model).items()}
+    others = {name: p for name, p in model.named_parameters() if not name.startswith(tuple(dense))}
+    compress(model, [tokens(2, 16)], 0.5, steps=3)
+    gc.collect()
+    after = dict(model.named_parameters())
+    assert len(others) > 4 and all(after[name] is p for name, p in others.items())
+    assert not any(weight() is not None for weight in dense.values())
+
+
+def test_a_compressed_model_is_not_compressed_again():
+    with pytest.raises(UserError, match="compressed already"):
+        compress(compress(tiny_gpt2(), [tokens(2, 16)], 0.2, steps=0), [tokens(2, 16)], 0.2, steps=0)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step():
@@ -638,7 +652,8 @@ def small(make=tiny_gpt2, steps=2):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", MODELS)
 def test_a_saved_model_comes_back_bit_for_bit(make, dtype, device, tmp_path):
-    model, ids = make().to(device, dtype), tokens(2, 16, device=device)
+    make().save_pretrained(tmp_path / "dense")
+    model, ids = load(tmp_path / "dense", dtype=dtype).to(device), tokens(2, 16, device=device)
     compress(model, [ids], 0.5, steps=2)
     save(model, tmp_path / "model")
     again = load(tmp_path / "model").to(device)
@@ -648,13 +663,14 @@ def test_a_saved_model_comes_back_bit_for_bit(make, dtype, device, tmp_path):
     again.generate(ids, max_new_tokens=3, do_sample=False)
 
 
-def test_a_compressed_file_is_smaller(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    dense = block_layers(tiny_llama())
+def test_a_compressed_file_holds_fewer_numbers(tmp_path):
+    dense = tiny_llama()
+    matrices = block_layers(dense).values()
+    dense.save_pretrained(tmp_path / "dense")
     save(small(tiny_llama), tmp_path / "model")
-    files = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("dense", "model")]
-    removed = 4 * 0.5 * sum(matrix(layer).numel() for layer in dense.values())
-    assert files[0] - files[1] > 0.9 * removed
+    before, after = (sum(value.numel() for value in load_file(tmp_path / folder / "model.safetensors").values())
+                     for folder in ("dense", "model"))
+    assert before - after + len(matrices) >= 0.5 * sum(matrix(layer).numel() for layer in matrices)     # a marker each
 
 
 STRANGER = """
@@ -723,6 +739,18 @@ def test_a_dense_model_is_not_saved(tmp_path):
     with pytest.raises(UserError, match="not compressed"):
         save(tiny_gpt2(), tmp_path / "model")
     assert tree(tmp_path) == []
+
+
+def test_a_loaded_model_can_be_saved_again(tmp_path):
+    model, ids = small(tiny_llama), tokens(2, 16)
+    save(model, tmp_path / "one")
+    save(load(tmp_path / "one"), tmp_path / "two")
+    assert torch.equal(logits(load(tmp_path / "two"), ids), logits(model, ids))
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(house):
+    with pytest.raises(UserError, match="up.weight"):
+        load(house / "partly-compressed")
 
 
 @pytest.mark.parametrize("change, named", [
@@ -838,16 +866,24 @@ def house(tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
+    def edit(source, name, change):
+        shutil.copytree(folder / source, folder / name)
+        weights = load_file(folder / name / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+
     keep(tiny_gpt2(), "model")
     keep(tiny_gpt2(n_layer=0), "blockless")
-    broken = tiny_gpt2()
-    broken.transformer.h[1].mlp.c_fc.weight.data[3, 4] = float("nan")
-    keep(broken, "nan")
     save(small(), folder / "compressed", extra=tokenizer.save_pretrained)
+    edit("model", "nan", lambda weights: weights["transformer.h.1.mlp.c_fc.weight"][3, 4].fill_(float("nan")))
+    edit("model", "partial", lambda weights: weights.pop("transformer.h.1.attn.c_proj.weight"))
+    edit("compressed", "partly-compressed", lambda weights: weights.pop(next(name for name in weights if "up.weight" in name)))
+    shutil.copytree(folder / "model", folder / "pickled")
+    torch.save(load_file(folder / "pickled" / "model.safetensors"), folder / "pickled" / "pytorch_model.bin")
+    (folder / "pickled" / "model.safetensors").unlink()
+    shutil.copytree(folder / "model", folder / "torn")
+    os.truncate(folder / "torn" / "model.safetensors", 5000)
     (folder / "empty").mkdir()
-    keep(tiny_gpt2(), "torn")
-    weights = folder / "torn" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
     for seed, name in enumerate(["train", "test"]):
         (folder / name).write_text(text(1000, seed))
     (folder / "short").write_text(text(10, 2))
@@ -881,7 +917,8 @@ def command(house, capsys, monkeypatch, tmp_path):
 def demo_run(tmp_path_factory):
     """(metrics.json, folder, stdout) of the bundled model's run, stderr checked to be empty."""
     folder = tmp_path_factory.mktemp("demo") / "deep" / "folder"
-    done = run_script("soco.py", "--steps", 30, "--metric-batches", 8, "--eval-blocks", 40, "--out", folder, cwd=folder.parents[1])
+    done = run_script("soco.py", "--steps", 30, "--seqlen", 128, "--metric-batches", 8, "--eval-blocks", 40,
+                      "--out", folder, cwd=folder.parents[1])
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads((folder / "metrics.json").read_text()), folder, done.stdout
 
@@ -1068,6 +1105,8 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is present"
     ("--model {house}/empty", ["{house}/empty", "config.json"]),
     ("--model {house}/train", ["{house}/train", "folder"]),
     ("--model {house}/torn", ["{house}/torn"]),
+    ("--model {house}/partial", ["{house}/partial", "transformer.h.1.attn.c_proj.weight"]),
+    ("--model {house}/pickled", ["{house}/pickled", "safetensors"]),
     ("--model {house}/nan", ["{house}/nan", "transformer.h.1.mlp.c_fc.weight"]),
     ("--model {house}/blockless", ["GPT2LMHeadModel", "Linear"]),
     ("--model {house}/compressed", ["{house}/compressed", "compressed already"]),
@@ -1103,6 +1142,7 @@ def test_bad_input_is_one_line_and_writes_nothing(line, named, command, house, t
 
 @pytest.mark.parametrize("line, named", [
     ("--model {house}/nan", ["transformer.h.1.mlp.c_fc.weight"]),
+    ("--model {house}/partly-compressed --eval {house}/test", ["{house}/partly-compressed", "up.weight"]),
     ("--model nobody/no-such-model", ["nobody/no-such-model"]),
     ("--model {house}/model --eval {house}/short", ["{house}/short", "10 tokens", "64"]),
     ("--model {house}/model", ["wikitext2", "stdlib"]),
@@ -1125,11 +1165,10 @@ def test_a_ratio_that_leaves_too_little_is_refused(command, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_command(command, monkeypatch, tmp_path):
-    forward = KLDivergence.forward
-    monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: torch.isfinite(x) & (x.ndim > 0))
+    backward, calls = torch.Tensor.backward, itertools.count()                              # two of them are the metric's
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * float("nan") if next(calls) == 2 else loss))
     code, _, err = command("soco.py", "--steps 7")
-    assert KLDivergence.forward is forward
-    check_refusal(code, err, "step 1 of 7", "learning rate")
+    check_refusal(code, err, " of 7", "learning rate")
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
@@ -1174,26 +1213,40 @@ def test_a_model_the_hub_does_not_know_is_refused(empty_hub, tmp_path):
 
 # ---- devices ------------------------------------------------------------------------------------
 
-@pytest.fixture
+@contextlib.contextmanager
 def meta_by_default():
     """A default device without memory: a tensor made on it by accident can't be read."""
     torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize("make", MODELS)
-def test_nothing_is_made_on_the_default_device(make, steps, tmp_path, request):
-    model, ids = make(), tokens(80)
-    blocks = sample_blocks(ids, 16, 4, seed=0)
-    request.getfixturevalue("meta_by_default")
-    assert torch.equal(sample_blocks(ids, 16, 4, seed=0), blocks)
-    compress(model, blocks.split(2), 0.5, steps)
-    save(model, tmp_path / "model")
-    again = load(tmp_path / "model")
-    assert {p.device.type for p in [*model.parameters(), *again.parameters(), *again.buffers()]} == {"cpu"}
-    assert perplexity(again, ids, 16) == perplexity(model, ids, 16)
+def test_compressing_makes_nothing_on_the_default_device(make, steps):
+    model, ids = make(), tokens(64)
+    with meta_by_default():
+        compress(model, [ids.view(4, 16)], 0.5, steps)
+    assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
+    assert math.isfinite(perplexity(model, ids, 16).ppl)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_saving_loading_and_scoring_make_nothing_on_the_default_device(make, tmp_path):
+    model, ids = small(make), tokens(64)
+    expected = perplexity(model, ids, 16)
+    with meta_by_default():
+        save(model, tmp_path / "model")
+        again = load(tmp_path / "model")
+        assert perplexity(again, ids, 16) == expected
+
+
+def test_sampling_makes_nothing_on_the_default_device():
+    blocks = sample_blocks(torch.arange(80), 16, 4, seed=0)
+    with meta_by_default():
+        assert torch.equal(sample_blocks(torch.arange(80, device="cpu"), 16, 4, seed=0), blocks)
 
 
 def test_no_source_file_names_a_device_for_the_caller():

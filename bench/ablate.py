@@ -1,0 +1,121 @@
+"""What each part of a method is worth: one model, one metric, one variant after another, gaps in one table.
+
+    python bench/ablate.py soco --model FOLDER --calib FILE --eval FILE --eval-blocks 20 --steps 60
+    python bench/ablate.py cap  --model FOLDER --calib FILE --eval FILE --eval-blocks 20
+
+Takes every flag of soco.py or rpca.py. Results go to bench/results/METHOD-MODEL-RATIO-SEED.json after each variant,
+and a variant that is there already is not run again.
+"""
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import rpca
+import soco
+from baselines import oats, sparsegpt
+from cli import Job, between, run, run_parser, whole
+from common import collect_metric, dense_like, matrix, swapped
+from eval_ppl import perplexity
+
+SOCO = {                                             # name: settings of soco.compressed_layers
+    "full method": {},
+    "no learning": {"steps": 0},
+    "basis plain": {"basis": "plain"},
+    "basis whitened": {"basis": "whitened"},
+    "no deviation": {"deviation": False},
+    "no stage 2 (its steps to stage 3)": {"stages": (0.5, 0.0, 0.5)},
+    "no stage 3 (its steps to stage 2)": {"stages": (0.5, 0.5, 0.0)},
+    "learned ranks, scores set back to 1": {"reset_scores": True},
+}
+CAP = {                                              # name: settings of rpca.compressed_layers
+    "full method": {},
+    "one round (the initial mask, refitted)": {"rounds": 1},
+    "no scale": {"scale": False},
+    "no low-rank part": {"rank_share": 0.0},
+    "twice the low-rank part": {"rank_share": 0.08},
+    "uniform budget": {"uniform": True},
+    "no refit": {"refitted": False},
+    "policy gradient": {"estimator": "policy"},
+}
+
+
+def soco_layers(job, metrics, batches, reset_scores=False, **changes):
+    settings = {"steps": job.args.steps, "lr": job.args.lr, **changes}
+    if not reset_scores:
+        return soco.compressed_layers(job.model, job.layers, metrics, batches, job.args.ratio, **settings)
+    scored = soco.scored_layers(job.layers, metrics, "two-sided")
+    students = list(scored.values())
+    budget = (1 - job.args.ratio) * sum(student.m * student.n for student in students)
+    with swapped(job.model, scored):
+        soco.learn(job.model, students, batches, budget, settings["steps"], settings["lr"], False, (0.5, 0.1, 0.4), True)
+    for student in students:
+        torch.nn.init.ones_(student.S)
+    return {layer: student.finish() for layer, student in scored.items()}
+
+
+def cap_layers(job, metrics, batches, **settings):
+    return rpca.compressed_layers(job.model, job.layers, metrics, batches, job.args.ratio, seed=job.args.seed, **settings)
+
+
+def baseline_layers(job, metrics, prune):
+    """{layer: dense layer} of a baseline that takes one matrix at a time."""
+    return {layer: dense_like(layer, prune(matrix(layer).float(), metrics[name].G), layer.bias)
+            for name, layer in job.layers.items()}
+
+
+def main():
+    method = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    parser = run_parser(__doc__)
+    if method not in ("soco", "cap"):
+        parser.error(f"the first word is soco or cap, not {method!r}")
+    if method == "soco":
+        parser.add("--steps", "of learning", type=whole(1), default=60)
+        parser.add("--lr", "of the scores", type=between(0, 10), default=soco.LR)
+    parser.add("--only", "run only variants whose name holds this", default="")
+    args = parser.parse_args()
+    job = Job(args, method)
+    name = re.sub(r"\W+", "-", f"{method}-{Path(args.model).name}-{args.ratio:g}-{args.seed}")
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    settings = {key: value for key, value in vars(args).items() if key != "only"}
+    results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "variants": {}}
+    if results["settings"] != settings:
+        parser.error(f"{path} holds a run with other settings: move it away")
+
+    def score(variant, make):
+        if variant in results["variants"] or args.only not in variant:
+            return
+        torch.manual_seed(args.seed)
+        start = time.perf_counter()
+        new = make()
+        seconds = time.perf_counter() - start
+        with swapped(job.model, new):
+            ppl = perplexity(job.model, job.eval_ids, args.eval_seqlen, args.eval_stride, args.eval_blocks)
+            calib = perplexity(job.model, job.calib_ids, args.eval_seqlen, blocks=10)
+        results["variants"][variant] = {"ppl": ppl.ppl, "nll": ppl.nll, "calib_nll": calib.nll, "seconds": round(seconds, 1)}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{variant:44} ppl {ppl.ppl:10.2f}  gap {ppl.nll - results['variants']['dense']['nll']:.4f}  {seconds:.0f} s", flush=True)
+
+    score("dense", dict)
+    metrics = collect_metric(job.model, job.layers, job.batches(args.metric_batches), progress=True)
+    if method == "soco":
+        score("whitened SVD, same share", lambda: soco.truncate(job.layers, metrics, "whitened", args.ratio))
+        for variant, changes in SOCO.items():
+            score(variant, lambda: soco_layers(job, metrics, job.batches(args.steps), **changes))
+    else:
+        root_mean_square = lambda G: G.diagonal().sqrt()
+        score("magnitude", lambda: baseline_layers(job, metrics, lambda W, G: rpca.magnitude(W, None, args.ratio)))
+        score("Wanda", lambda: baseline_layers(job, metrics, lambda W, G: rpca.wanda(W, root_mean_square(G), args.ratio)))
+        score("OATS, 20 rounds", lambda: baseline_layers(job, metrics, lambda W, G: oats(W, root_mean_square(G), args.ratio, rounds=20)))
+        score("SparseGPT", lambda: baseline_layers(job, metrics, lambda W, G: sparsegpt(W, G, args.ratio)))
+        for variant, changes in CAP.items():
+            score(variant, lambda: cap_layers(job, metrics, job.batches(args.metric_batches), **changes))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,98 @@
+"""What things cost, as ratios in one run.
+
+    python bench/cost.py                                            # the bundled model
+    python bench/cost.py --model FOLDER --dtype bfloat16            # any other
+
+Prints: a learning step of SoCo (averaged over a whole run) against a forward and backward pass of the dense model on
+the same tokens; prefill of the compressed models against dense; bytes of the block weights; `rpca` against the textbook
+ADMM with torch.linalg.svd at the same number of iterations.
+"""
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rpca
+import soco
+from cli import Job, run, run_parser, whole
+from common import block_layers, collect_metric, input_device, swapped
+
+
+def seconds(call, repeats=5):
+    """Median time of a call, after one call that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def textbook_rpca(W, iterations):
+    """ADMM for principal component pursuit with a full singular value decomposition an iteration."""
+    m, n = W.shape
+    lam, mu = max(m, n) ** -0.5, m * n / (4 * W.abs().sum())
+    S, Y = torch.zeros_like(W), torch.zeros_like(W)
+    for _ in range(iterations):
+        U, sigma, V = torch.linalg.svd(W - S + Y / mu, full_matrices=False)
+        L = (U * (sigma - 1 / mu).clamp_min(0)) @ V
+        S = rpca.soft_threshold(W - L + Y / mu, lam / mu)
+        Y = Y + mu * (W - L - S)
+    return L, S
+
+
+def objective(L, S, lam):
+    return torch.linalg.matrix_norm(L.double(), "nuc").item() + lam * S.double().abs().sum().item()
+
+
+def main():
+    parser = run_parser(__doc__)
+    parser.add("--steps", "of SoCo's run", type=whole(1), default=20)
+    args = parser.parse_args()
+    for m, n in [(576, 1536), (2048, 2048)]:
+        W, iterations = torch.randn(m, n, generator=torch.Generator().manual_seed(0)), 10
+        textbook = seconds(lambda: textbook_rpca(W, iterations), 1)
+        ours = seconds(lambda: rpca.rpca(W, max_iter=iterations), 1)
+        found = rpca.rpca(W, max_iter=iterations)
+        a = objective((found.U * found.sigma) @ found.V, found.S, max(m, n) ** -0.5)
+        b = objective(*textbook_rpca(W, iterations), max(m, n) ** -0.5)
+        print(f"rpca {m} x {n}: {textbook / ours:.1f} times as fast as the textbook's, objective / textbook's {a / b:.6f}", flush=True)
+    job = Job(args, "soco")
+    model, ids = job.model, job.batches(1)[0].to(job.device)
+
+    def dense_step():
+        model.zero_grad()
+        logits = model(input_ids=ids, use_cache=False).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+
+    @torch.no_grad()
+    def prefill():
+        model(input_ids=ids, use_cache=False)
+
+    dense, dense_prefill = seconds(dense_step), seconds(prefill)
+    model.zero_grad()
+    metrics = collect_metric(model, job.layers, job.batches(4))
+    start = time.perf_counter()
+    soco.compressed_layers(model, job.layers, metrics, job.batches(args.steps), args.ratio, 0)
+    decomposed = time.perf_counter() - start
+    start = time.perf_counter()
+    low_rank = soco.compressed_layers(model, job.layers, metrics, job.batches(args.steps), args.ratio, args.steps)
+    step = (time.perf_counter() - start - decomposed) / args.steps
+    sparse = rpca.compressed_layers(model, job.layers, metrics, job.batches(4), args.ratio, rounds=1)
+    print(f"a learning step of SoCo / forward and backward of the dense model: {step / dense:.2f} ({step:.3f} s, {dense:.3f} s)")
+    bytes_of = lambda layers: sum(t.numel() * t.element_size() for layer in layers for t in layer.state_dict().values())
+    dense_bytes = bytes_of(job.layers.values())
+    for name, new in [("SoCo", low_rank), ("CAP", sparse)]:
+        with swapped(model, new):
+            print(f"{name}: prefill {dense_prefill / seconds(prefill):.2f} times as fast as dense, "
+                  f"block bytes / dense {bytes_of(new.values()) / dense_bytes:.3f}")
+
+
+if __name__ == "__main__":
+    run(main)
