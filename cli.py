@@ -57,7 +57,6 @@ def run(main):
     """Call a script's main(); bad input ends it with one line and exit code 2, a defect keeps its traceback."""
     from transformers.utils import logging
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         main()
     except (UserError, FloatingPointError) as error:
@@ -105,13 +104,13 @@ def load_model(name, device, dtype):
     try:
         if Path(name).is_dir():
             config = json.loads((Path(name) / "config.json").read_text())
-            method = config.get("quantization_config", {}).get("quant_method")
+            method = (config.get("quantization_config") or {}).get("quant_method")
             if method in SCRIPT_OF:
                 importlib.import_module(SCRIPT_OF[method])       # teaches transformers to load such a folder
         AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = load(name, dtype=dtype).to(device)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         causes = [error]
         while causes[-1].__cause__ or causes[-1].__context__:
             causes.append(causes[-1].__cause__ or causes[-1].__context__)
@@ -238,8 +237,8 @@ class Job:
         def extra(folder):
             self.tokenizer.save_pretrained(folder)
             report = {
-                "method": self.method, "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), **vars(self.args), "compressible_params": compressible,
-                "kept_params": self.rows["compressed"]["kept"], "dense_bytes": self.dense_bytes,
+                "method": self.method, "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                **vars(self.args), "compressible_params": compressible, "kept_params": self.rows["compressed"]["kept"], "dense_bytes": self.dense_bytes,
                 "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
                 "seconds": self.seconds, "peak_memory_bytes": peak_memory(self.device),
                 "ppl": {key: row["ppl"] for key, row in self.rows.items()},

@@ -120,7 +120,8 @@ def collect_metric(model, layers, batches, progress=False):
     unreached = [name for name in layers if not torch.is_tensor(R[name])]
     if unreached:
         raise UserError(f"no calibration token reached layer {unreached[0]}: use more calibration text")
-    return {name: Metric(G[same_input.get(name, name)] / tokens, R[name] / tokens) for name in layers}
+    G = {name: moment / tokens for name, moment in G.items()}
+    return {name: Metric(G[same_input.get(name, name)], R[name] / tokens) for name in layers}
 
 
 @contextlib.contextmanager
@@ -146,7 +147,7 @@ def sample_blocks(ids, seqlen, count, seed):
     """`count` blocks of `seqlen` tokens [count, seqlen] of a text's ids [tokens], without overlap, in random order;
     the order repeats when the text has fewer."""
     blocks = ids[:len(ids) // seqlen * seqlen].view(-1, seqlen)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed), device="cpu")
     return blocks[order.repeat(count // len(blocks) + 1)[:count]]
 
 
@@ -225,11 +226,24 @@ def mark_compressed(model, method, specs):
     model.config.quantization_config = {"quant_method": method, "format": FORMAT, "layers": specs}
 
 
+@contextlib.contextmanager
+def quiet():
+    """No progress bars of transformers inside the with block."""
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def save(model, folder, overwrite=False, extra=None):
     """Write a compressed model to a new folder, complete or not at all; extra(folder) adds files before it gets its name."""
     if getattr(model.config, "quantization_config", None) is None:
         raise UserError("this model was not compressed: save it with save_pretrained")
-    with new_folder(folder, overwrite) as fresh:
+    with new_folder(folder, overwrite) as fresh, quiet():
         model.save_pretrained(fresh)
         if extra:
             extra(fresh)
@@ -241,7 +255,8 @@ def load(folder, **options):
     Only safetensors is read. Raises UserError where a tensor is missing: transformers would make up random numbers.
     """
     from transformers import AutoModelForCausalLM
-    model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    with quiet(), torch.device("cpu"):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise UserError(f"{folder} lacks tensor {sorted(info['missing_keys'])[0]}")
     return model

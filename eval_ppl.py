@@ -153,7 +153,7 @@ def main():
     data = args.eval or ("stdlib" if args.model == BUNDLED else "wikitext2")
     result = perplexity(model, load_tokens(tokenizer, data, "test", seqlen), seqlen, args.stride, args.blocks, progress=True)
     print(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split test, "
-          f"seqlen {seqlen}, stride {args.stride or seqlen}, tokens {result.tokens}, dtype {dtype})")
+          f"seqlen {seqlen}, stride {args.stride or seqlen}, tokens {result.tokens}, dtype {str(dtype).removeprefix('torch.')})")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ class ScoredLinear(nn.Module):
     def finish(self):
         """The layer to store: LowRankLinear of the kept components, or a dense layer where that costs less."""
         self.drop(self.kept.bool())
-        s, k = self.S.detach()[self.alive], torch.tensor(len(self.alive))
+        s, k = self.S.detach()[self.alive], len(self.alive)
         bias = None if self.layer.bias is None and not self.d.any() else self.bias().detach()
         if k * (self.m + self.n) >= self.m * self.n:
             return dense_like(self.layer, (self.U.float() * s) @ self.V.float(), bias)
@@ -325,10 +325,11 @@ def learn(model, layers, batches, budget, steps, lr, deviation, stages, progress
             with torch.no_grad(), teacher(layers):
                 dense_logits = model(input_ids=ids, use_cache=False).logits
             loss = KLDivergence.apply(dense_logits, model(input_ids=ids, use_cache=False).logits)
-            if not loss.isfinite():
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1} of {steps}: lower the learning rate, --lr, now {lr}")
             optimizer.zero_grad()
             loss.backward()
+            if not torch.stack([loss.detach(), *(S.grad.sum().to(loss.device) for S in scores)]).isfinite().all():
+                raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1} of {steps} "
+                                         f"(loss {loss.item()}): lower the learning rate, --lr, now {lr}")
             optimizer.step()
             schedule.step()
             steps_bar.set_postfix(stage=stage, kept=f"{kept / numbers:.4f}", loss=f"{loss.item():.4f}")
