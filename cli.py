@@ -238,7 +238,8 @@ class Job:
             self.tokenizer.save_pretrained(folder)
             report = {
                 "method": self.method, "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-                **vars(self.args), "compressible_params": compressible, "kept_params": self.rows["compressed"]["kept"], "dense_bytes": self.dense_bytes,
+                **vars(self.args), "compressible_params": compressible,
+                "kept_params": self.rows["compressed"]["kept"], "dense_bytes": self.dense_bytes,
                 "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
                 "seconds": self.seconds, "peak_memory_bytes": peak_memory(self.device),
                 "ppl": {key: row["ppl"] for key, row in self.rows.items()},

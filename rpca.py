@@ -48,7 +48,7 @@ def rpca(W, lam=None, penalty=None, tol=1e-6, max_iter=500):
     """
     m, n = W.shape[-2:]
     lam = lam or max(m, n) ** -0.5
-    mu = penalty or m * n / (4 * W.abs().sum((-2, -1), keepdim=True)).clamp_min(torch.finfo(W.dtype).tiny)
+    mu = penalty or 1 / (4 * W.abs().mean((-2, -1), keepdim=True)).clamp_min(1e-20)
     norm = torch.linalg.matrix_norm(W).clamp_min(torch.finfo(W.dtype).tiny)
     S, Y, residuals = torch.zeros_like(W), torch.zeros_like(W), []
     while not residuals or (residuals[-1] > tol and len(residuals) < max_iter):
@@ -97,7 +97,7 @@ def project(p, cost, budget):
     def moved(tau):
         return [(q - tau * c).clamp(0, 1) for q, c in zip(p, cost)]
 
-    low, high = 0.0, 1.0
+    low, high = 0.0, 1 + max(q.max().item() / c for q, c in zip(p, cost))
     if expected_cost(moved(low), cost) <= budget:
         return moved(low)
     for _ in range(50):
@@ -156,15 +156,16 @@ def refit(T, S, mask, G, iterations=12, damping=1e-3):
     """
     G = G + damping * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
     tiny = torch.finfo(G.dtype).tiny
+    scale = G.diagonal().clamp_min(tiny)
     S = S * mask
     residual = ((T - S) @ G) * mask
-    direction = step = residual / G.diagonal()
+    direction = step = residual / scale
     square = (residual * step).sum(1, keepdim=True)
     for _ in range(iterations):
         image = (direction @ G) * mask
         length = square / (direction * image).sum(1, keepdim=True).clamp_min(tiny)
         S, residual = S + length * direction, residual - length * image
-        step = residual / G.diagonal()
+        step = residual / scale
         square, before = (residual * step).sum(1, keepdim=True), square
         direction = step + square / before.clamp_min(tiny) * direction
     return S
@@ -243,6 +244,10 @@ class LowRankPlusSparse(nn.Module):
         new.load_state_dict(state)
         return new.requires_grad_(like.requires_grad)
 
+    def _apply(self, *args, **options):
+        self.unpacked = None
+        return super()._apply(*args, **options)
+
     def sparse(self):
         """The dense form of S [m, n]."""
         mask = unpack_bits(self.mask, self.shape)
@@ -287,7 +292,7 @@ class Draft(nn.Module):
     def __init__(self, layer, metric, scale=True):
         super().__init__()
         self.layer, self.G = layer, metric.G
-        self.rows, self.columns = ((A + 1e-6 * A.mean()).sqrt() if scale else torch.ones_like(A)
+        self.rows, self.columns = ((A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A)
                                    for A in (metric.R, metric.G.diagonal()))
         self.m, self.n = matrix(layer).shape
         self.set_low_rank(self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n))
@@ -417,13 +422,14 @@ def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
         set_masks(masks)
         ids = batches[step % len(batches)].to(input_device(model))
         with torch.no_grad(), swapped(model, {draft.layer: draft for draft in drafts}):
-            return model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).item()
 
     mean = sum(worth.sum() for worth in worths) / sum(worth.numel() for worth in worths)
     p = project([worth / (worth + c * mean) for worth, c in zip(worths, cost)], cost, budget)
     generator = torch.Generator(device=p[0].device).manual_seed(seed)
     p, _ = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator, progress=progress)
-    set_masks(keep_most_probable(p, cost, budget))
+    set_masks(keep_most_probable([q * (worth > 0) for q, worth in zip(p, worths)], cost, budget))
 
 
 # ---- baselines, load, command ---------------------------------------------------------------------

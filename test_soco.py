@@ -1,4 +1,4 @@
-"""Tests of soco.py, eval_ppl.py, common.py and cli.py: `pytest -q`, without a network and with or without a GPU.
+"""Tests of soco.py, rpca.py, eval_ppl.py, common.py and cli.py: `pytest -q`, without a network and with or without a GPU.
 
 Every expected value is computed here a second way, by a slower or plainer formula; none was recorded from a run.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                # read once, on import: no test may reach for the network
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -34,6 +35,8 @@ from transformers.pytorch_utils import Conv1D
 
 import cli
 import eval_ppl
+import rpca
+from bench import baselines
 from common import UserError, block_layers, collect_metric, dense_like, matrix, sample_blocks, swap, swapped
 from eval_ppl import encode, perplexity
 from soco import (BASES, KLDivergence, LowRankLinear, ScoredLinear, choose, compress, compressed_layers, factor, load, save,
@@ -1266,3 +1269,901 @@ def test_no_source_file_names_a_device_for_the_caller():
     sources = [path for folder in (ROOT, ROOT / "demo", ROOT / "bench") for path in folder.glob("*.py") if path != Path(__file__)]
     assert len(sources) > 4
     assert not [path.name for path in sources if ".cuda()" in path.read_text()]
+
+
+# ================================ rpca.py ========================================================
+#
+# ---- robust PCA ---------------------------------------------------------------------------------
+
+SIZES = [(60, 40), (40, 60), (121, 31), (37, 90), (50, 50)]
+
+
+def planted(m, n, seed=0, device="cpu"):
+    """(L, S): rank max(min(m, n) // 20, 1), and one entry in twenty."""
+    k, size = max(min(m, n) // 20, 1), random(m, n, seed=seed, device=device)
+    L = random(m, k, seed=seed + 1, device=device) @ random(k, n, seed=seed + 2, device=device)
+    return L, 3 * size.sign() * (size.abs() > size.abs().flatten().quantile(0.95))
+
+
+def low_rank(split):
+    return (split.U * split.sigma[..., None, :]) @ split.V
+
+
+def objective(L, S):
+    return (torch.linalg.svdvals(L.double()).sum() + max(L.shape) ** -0.5 * S.double().abs().sum()).item()
+
+
+def textbook(W, iterations):
+    """(L, S, multipliers Y) of principal component pursuit by ADMM with a full SVD."""
+    W, lam, mu = W.double(), max(W.shape) ** -0.5, W.numel() / (4 * W.abs().sum().item())
+    S = Y = torch.zeros_like(W)
+    for _ in range(iterations):
+        U, sigma, V = torch.linalg.svd(W - S + Y / mu, full_matrices=False)
+        L = U @ torch.diag((sigma - 1 / mu).clamp_min(0)) @ V
+        S = W - L + Y / mu
+        S = (S - lam / mu).clamp_min(0) + (S + lam / mu).clamp_max(0)
+        Y = Y + mu * (W - L - S)
+    return L, S, Y
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("m, n", SIZES)
+def test_planted_low_rank_and_sparse_parts_are_recovered(m, n, dtype, device):
+    L, S = (part.to(dtype) for part in planted(m, n, device=device))
+    split = rpca.rpca(L + S)
+    k = max(min(m, n) // 20, 1)
+    assert (split.U.shape, split.sigma.shape, split.V.shape, split.S.dtype) == ((m, k), (k,), (k, n), dtype)
+    assert (low_rank(split) - L).norm() < 1e-5 * L.norm()
+    assert (split.S - S).norm() < 1e-5 * S.norm()
+    assert torch.equal(split.S != 0, S != 0)
+    for columns in (split.U, split.V.T):
+        torch.testing.assert_close(columns.T @ columns, torch.eye(k, dtype=dtype, device=device), rtol=0, atol=1e-5)
+    assert (split.sigma.diff() <= 0).all() and split.sigma.min() > 0
+
+
+@pytest.mark.parametrize("max_iter", [1, 5, 500])
+@pytest.mark.parametrize("tol", [1e-2, 1e-7])
+def test_residuals_end_below_tol_or_at_the_limit(tol, max_iter):
+    W = sum(planted(40, 60))
+    split = rpca.rpca(W, tol=tol, max_iter=max_iter)
+    assert split.residuals[-1] == pytest.approx(((W - low_rank(split) - split.S).norm() / W.norm()).item(), rel=1e-6, abs=1e-14)
+    assert all(residual > tol for residual in split.residuals[:-1])
+    assert split.residuals[-1] <= tol or len(split.residuals) == max_iter
+    assert len(split.residuals) < 100
+
+
+@pytest.mark.parametrize("m, n", SIZES[:3])
+def test_a_batch_gives_what_its_matrices_give_alone(m, n, device):
+    parts = [planted(m, n, seed=10 * i, device=device) for i in range(6)]
+    batch = torch.stack([10.0 ** (i - 3) * (L + S) for i, (L, S) in enumerate(parts)]).view(2, 3, m, n)
+    together = rpca.rpca(batch, tol=0, max_iter=25)
+    alone = [rpca.rpca(W, tol=0, max_iter=25) for W in batch.flatten(0, 1)]
+    for W, L, S, one in zip(batch.flatten(0, 1), low_rank(together).flatten(0, 1), together.S.flatten(0, 1), alone):
+        torch.testing.assert_close(L, low_rank(one), rtol=0, atol=1e-10 * W.norm().item())
+        torch.testing.assert_close(S, one.S, rtol=0, atol=1e-10 * W.norm().item())
+    worst = [max(steps) for steps in zip(*(one.residuals for one in alone))]
+    assert together.residuals == pytest.approx(worst, rel=1e-3, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_zero_matrix_is_split_into_zeros(dtype):
+    W = torch.stack([random(8, 6), 0 * random(8, 6)]).to(dtype)
+    for split in (rpca.rpca(W[1]), rpca.rpca(W, max_iter=20)):
+        assert split.S.isfinite().all() and low_rank(split).isfinite().all()
+        assert not split.S.view(-1, 8, 6)[-1].any() and not low_rank(split).view(-1, 8, 6)[-1].any()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("iterations", [3, 60])
+@pytest.mark.parametrize("m, n", SIZES[:4])
+def test_the_objective_is_that_of_the_textbook(m, n, iterations, dtype, tolerance, device):
+    for W in (random(m, n, device=device), random(m, n, device=device) ** 3, sum(planted(m, n, device=device))):
+        split = rpca.rpca(W.to(dtype), tol=0, max_iter=iterations)
+        assert objective(low_rank(split), split.S) == pytest.approx(objective(*textbook(W, iterations)[:2]), rel=tolerance)
+
+
+@pytest.mark.parametrize("m, n", [(30, 18), (18, 30)])
+def test_the_split_meets_the_dual_bound(m, n):
+    # |L|_* + lam |S|_1 >= <Y, L + S> whenever |Y|_2 <= 1 and |Y|_inf <= lam
+    W = random(m, n) ** 3
+    split, Y = rpca.rpca(W, tol=1e-10, max_iter=5000), textbook(W, 2000)[2]
+    Y = Y / max(torch.linalg.matrix_norm(Y, 2), Y.abs().max() * max(m, n) ** 0.5)
+    assert 0 < len(split.sigma) < min(m, n)
+    assert objective(low_rank(split), split.S) <= (Y * W).sum().item() * (1 + 1e-6)
+
+
+def test_lambda_and_penalty_are_what_the_caller_says():
+    W = sum(planted(40, 60))
+    default = rpca.rpca(W, tol=0, max_iter=20)
+    same = rpca.rpca(W, lam=60 ** -0.5, penalty=40 * 60 / (4 * W.abs().sum().item()), tol=0, max_iter=20)
+    torch.testing.assert_close(same.S, default.S, rtol=0, atol=1e-9)
+    assert (rpca.rpca(W, lam=0.05).S != 0).sum() > (rpca.rpca(W).S != 0).sum() > (rpca.rpca(W, lam=2.0).S != 0).sum() == 0
+
+
+def product(U, sigma, V):
+    return U @ torch.diag_embed(sigma) @ V
+
+
+def nuclear(L):
+    return torch.linalg.svdvals(L).sum()
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+def test_soft_threshold_shrinks_every_entry(m, n):
+    A = random(m, n)
+    for tau in (0.0, 0.5, 100.0):
+        expected = [math.copysign(max(abs(a) - tau, 0), a) for a in A.flatten().tolist()]
+        assert rpca.soft_threshold(A, tau).flatten().tolist() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("m, n", SHAPES + [(30, 12), (12, 30)])
+def test_singular_value_threshold_shrinks_every_singular_value(m, n, device):
+    A = random(3, m, n, device=device)
+    U, sigma, V = torch.linalg.svd(A, full_matrices=False)
+    for tau in (0.1, 1.01 * sigma[0].median().item(), 100.0):
+        for B, parts in [(A, (U, sigma, V)), (A[1], (U[1], sigma[1], V[1]))]:
+            shrunk = (parts[1] - tau).clamp_min(0)
+            found = rpca.singular_value_threshold(B, tau)
+            k = max(int((shrunk > 0).sum(-1).max()), 1)
+            torch.testing.assert_close(found[1], shrunk[..., :k], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(product(*found), product(parts[0], shrunk, parts[2]), rtol=1e-9, atol=1e-9)
+    taus = torch.tensor([0.1, 1.0, 2.0], dtype=A.dtype, device=device).view(3, 1, 1)
+    torch.testing.assert_close(product(*rpca.singular_value_threshold(A, taus)),
+                               product(U, (sigma - taus[..., 0]).clamp_min(0), V), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("operator, norm", [(rpca.soft_threshold, lambda S: S.abs().sum()),
+                                            (lambda A, tau: product(*rpca.singular_value_threshold(A, tau)), nuclear)])
+def test_thresholding_is_the_minimiser_of_its_problem(operator, norm, m, n):
+    A = random(m, n)
+    for tau in (0.3, 1.0, 3.0):
+        def loss(X):
+            return tau * norm(X) + (X - A).square().sum() / 2
+
+        X = operator(A, tau)
+        for i in range(12):                            # what is minimised is strongly convex: it grows by |D|^2 / 2
+            D = 10.0 ** -(i % 3) * random(m, n, seed=20 + i)
+            assert loss(X + D) - loss(X) >= D.square().sum() / 2 - 1e-9
+
+
+# ---- the global mask ----------------------------------------------------------------------------
+
+def test_score_function_is_the_gradient_of_the_log_probability(device):
+    p = random(5, 7, seed=1, device=device).sigmoid().requires_grad_()
+    mask = (random(5, 7, seed=2, device=device) > 0).double()
+    gradient, = torch.autograd.grad(torch.distributions.Bernoulli(p).log_prob(mask).sum(), p)
+    torch.testing.assert_close(rpca.score_function(mask, p.detach()), gradient, rtol=1e-12, atol=0)
+
+
+TWO_ITEMS = torch.tensor([[0.3, 2.0], [1.1, -0.7]], dtype=torch.float64)       # loss of [first kept][second kept]
+
+
+def gradient_on_two_items(p):
+    """Gradient of the expected loss of TWO_ITEMS under Bernoulli(p)."""
+    p = p.clone().requires_grad_()
+    both = torch.stack([1 - p[0], p[0]])[:, None] * torch.stack([1 - p[1], p[1]])
+    return torch.autograd.grad((both * TWO_ITEMS).sum(), p)[0]
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.8])
+def test_loss_times_score_is_the_gradient_on_average(baseline):
+    p = torch.tensor([0.35, 0.8], dtype=torch.float64)
+    expected = 0
+    for mask in itertools.product([0, 1], repeat=2):
+        chance = math.prod(q if kept else 1 - q for q, kept in zip(p.tolist(), mask))
+        expected += chance * (TWO_ITEMS[mask] - baseline) * rpca.score_function(torch.tensor(mask).double(), p)
+    torch.testing.assert_close(expected, gradient_on_two_items(p), rtol=1e-12, atol=0)
+
+
+def test_a_policy_step_is_the_gradient_on_average():
+    # the first draw only sets the baseline; all pairs of draws are met, and weighed by their chance
+    p, ends = torch.tensor([0.35, 0.6], dtype=torch.float64), {}
+    for seed in range(300):
+        draws = []
+
+        def loss_of(masks, step):
+            assert len(draws) == step
+            draws.append(tuple(masks[0].int().tolist()))
+            return TWO_ITEMS[draws[-1]].item()
+
+        end, losses = rpca.policy_gradient(loss_of, [p], [1], 2, steps=2, lr=1e-3, generator=torch.Generator().manual_seed(seed))
+        assert losses == [TWO_ITEMS[draw].item() for draw in draws]
+        ends[tuple(draws)] = end[0]
+    assert len(ends) == 16
+    mean = sum(math.prod(q if kept else 1 - q for draw in draws for q, kept in zip(p.tolist(), draw)) * end
+               for draws, end in ends.items())
+    torch.testing.assert_close(mean, p - 1e-3 * gradient_on_two_items(p), rtol=1e-12, atol=0)
+
+
+def test_policy_gradient_finds_the_good_item_within_the_budget(device):
+    p, cost, budget = [torch.full((3,), 0.3, device=device), torch.full((2, 5), 0.3, device=device)], [4, 1], 6.6
+
+    def loss_of(masks, step):
+        assert [mask.shape for mask in masks] == [(3,), (2, 5)] and all(((m == 0) | (m == 1)).all() for m in masks)
+        return 1 - masks[0][1].item()
+
+    end, losses = rpca.policy_gradient(loss_of, p, cost, budget, steps=400, generator=torch.Generator(device).manual_seed(0))
+    assert len(losses) == 400 and sum(losses[-50:]) < 0.2 * sum(losses[:50])
+    assert end[0][1] > 0.9 and end[0][1] == max(q.max() for q in end)
+    assert all(q.min() >= 0 and q.max() <= 1 for q in end)
+    assert 4 * end[0].double().sum() + end[1].double().sum() <= budget
+    assert torch.equal(p[0], torch.full_like(p[0], 0.3))
+
+
+def corners_of_the_budget(costs, budget):
+    """Vertices of {0 <= y <= 1, costs y <= budget}: at most one coordinate is neither 0 nor 1."""
+    for corner in itertools.product([0.0, 1.0], repeat=len(costs)):
+        spent = sum(c * y for c, y in zip(costs, corner))
+        if spent <= budget:
+            yield corner
+            for i, c in enumerate(costs):
+                if corner[i] == 0 and spent + c > budget:
+                    yield corner[:i] + ((budget - spent) / c,) + corner[i + 1:]
+
+
+@pytest.mark.parametrize("spread", [0.2, 3.0, 30.0])
+@pytest.mark.parametrize("budget", [0, 0.7, 4, 9.5, 100])
+def test_project_gives_the_nearest_point_of_the_budget(budget, spread, device):
+    for seed in range(5):
+        q = 0.5 + spread * random(6, seed=seed, device=device)
+        costs = [5, 5, 1, 1, 1, 1]
+        x = rpca.project([q[:2], q[2:].view(2, 2)], [5, 1], budget)
+        assert [part.shape for part in x] == [(2,), (2, 2)]
+        assert rpca.expected_cost(x, [5, 1]) <= budget
+        x = torch.cat([part.flatten() for part in x])
+        assert x.min() >= 0 and x.max() <= 1
+        assert sum(c * part for c, part in zip(costs, x.tolist())) <= budget + 1e-12
+        for corner in corners_of_the_budget(costs, budget):          # x is nearest: no corner lies on the side of q
+            assert (q - x) @ (torch.tensor(corner, dtype=q.dtype, device=device) - x) <= 1e-9 * (1 + spread)
+
+
+def test_project_leaves_alone_what_is_inside(device):
+    p = [torch.rand(4, device=device), torch.rand(3, 5, device=device)]
+    spent = 7 * p[0].double().sum().item() + p[1].double().sum().item()
+    assert rpca.expected_cost(p, [7, 1]) == pytest.approx(spent, rel=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(rpca.project(p, [7, 1], spent + 1e-6), p))
+    assert rpca.expected_cost(rpca.project(p, [7, 1], spent / 2), [7, 1]) == pytest.approx(spent / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_keep_most_probable_is_the_greedy_loop(levels, device):
+    shapes, cost = [(3,), (2, 4), (2,), (3, 3)], [5, 1, 3, 1]
+    for seed in range(20):
+        p = [(random(*shape, seed=100 * seed + i, device=device).sigmoid() * levels).round().float() / levels
+             for i, shape in enumerate(shapes)]
+        each = [c for q, c in zip(p, cost) for _ in range(q.numel())]
+        flat = torch.cat([q.flatten() for q in p]).tolist()
+        for budget in [0, 0.9, 1, 4, 7.5, 11, 20, 37, 38, 100]:
+            left, expected = budget, [False] * len(flat)
+            for i in sorted(range(len(flat)), key=lambda i: -flat[i]):
+                if each[i] <= left:
+                    expected[i], left = True, left - each[i]
+            masks = rpca.keep_most_probable(p, cost, budget)
+            assert [mask.shape for mask in masks] == shapes and all(mask.dtype == torch.bool for mask in masks)
+            assert torch.cat([mask.flatten() for mask in masks]).tolist() == expected
+            assert sum(c * mask.sum().item() for mask, c in zip(masks, cost)) <= budget
+
+
+@pytest.mark.parametrize("values", [
+    [random(40, 5).square(), random(13, seed=1).square()],
+    [(2 * random(40, 5)).round().square(), (2 * random(13, seed=1)).round().square()],
+    [(30 * random(40, 5)).exp(), torch.zeros(7), torch.tensor([1e-40, 1e-45, 3e38])],
+    [torch.zeros(3, 3)],
+], ids=["different", "ties", "every magnitude", "zeros"])
+def test_threshold_is_what_sorting_finds(values, device):
+    values = [value.float().to(device) for value in values]
+    falling = torch.cat([value.flatten() for value in values]).sort(descending=True)[0].tolist()
+    for count in range(len(falling) + 3):
+        cut = rpca.threshold(lambda: iter(values), count)
+        kept = sum((value > cut).sum().item() for value in values)
+        if count >= len(falling):
+            assert kept == len(falling)
+        else:
+            assert cut == falling[count]
+            assert kept == sum(value > falling[count] for value in falling) <= count
+
+
+def test_threshold_takes_a_transposed_tensor():
+    value = random(6, 9).square().float()
+    assert rpca.threshold(lambda: [value.T], 20) == rpca.threshold(lambda: [value], 20)
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+def problem(m, n, dtype=torch.float64, device="cpu"):
+    """Target T [m, n], mask of half of it, and the Gram matrix of correlated inputs."""
+    T, mask = random(m, n, device=device), random(m, n, seed=1, device=device) > 0
+    x = random(60, n, seed=2, device=device) @ random(n, n, seed=3, device=device)
+    return T.to(dtype), mask, (x.T @ x / 60).to(dtype)
+
+
+def output_error(E, G):
+    return (E @ G @ E.T).trace().item()
+
+
+@pytest.mark.parametrize("dtype, slack", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("m, n", SHAPES + [(20, 40)])
+def test_refit_lowers_the_error_and_stays_on_the_mask(m, n, dtype, slack, device):
+    T, mask, G = problem(m, n, dtype, device)
+    errors = [output_error(T - T * mask, G)]
+    for iterations in (1, 2, 4, 12, 30):
+        S = rpca.refit(T, T * mask, mask, G, iterations)
+        assert S.dtype == dtype and not S[~mask].any() and S.isfinite().all()
+        errors.append(output_error(T - S, G))
+    assert all(after <= before * (1 + slack) + slack for before, after in zip(errors, errors[1:]))
+    if n > 1:
+        assert errors[-1] < 0.9 * errors[0]
+
+
+def test_refit_lowers_the_error_of_any_start(device):
+    T, mask, G = problem(20, 40, device=device)
+    S = random(20, 40, seed=4, device=device)
+    damped = G + 1e-3 * G.diagonal().mean() * torch.eye(40, dtype=G.dtype, device=device)
+    errors = [output_error(T - rpca.refit(T, S, mask, G, iterations), damped) for iterations in range(15)]
+    assert errors[0] == pytest.approx(output_error(T - S * mask, damped), rel=1e-12)
+    assert all(after < before for before, after in zip(errors, errors[1:]))
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+def test_refit_ends_at_the_least_squares_of_every_row(m, n, device):
+    T, mask, G = problem(m, n, device=device)
+    S = rpca.refit(T, T * mask, mask, G, iterations=200, damping=1e-6)
+    damped = G + 1e-6 * G.diagonal().mean() * torch.eye(n, dtype=G.dtype, device=device)
+    root = torch.linalg.cholesky(damped)                          # |(t - s) root|^2, row by row
+    for row, kept, target in zip(S, mask, T):
+        exact = torch.linalg.lstsq(root[kept].T, root.T @ target[:, None]).solution[:, 0] if kept.any() else target[:0]
+        torch.testing.assert_close(row[kept], exact, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("inputs", [[0, 0, 0, 0, 0, 0], [1, 2, 0, 0, 3, 0]])
+def test_refit_bears_inputs_that_are_always_zero(inputs):
+    T, mask, _ = problem(4, 6)
+    S = rpca.refit(T.float(), T.float() * mask, mask, torch.diag(torch.tensor(inputs).float()))
+    torch.testing.assert_close(S, T.float() * mask)                # a diagonal G leaves nothing to make up for
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("m, n", [(20, 30), (31, 17)])
+def test_alternating_never_raises_the_error(m, n, k, device):
+    Q = random(m, n, device=device) ** 3
+    V, numbers = torch.linalg.svd(Q)[2][:k], m * n // 2
+    errors = []
+    for rounds in range(8):
+        U, V_ = rpca.alternate(Q, V, numbers, rounds)
+        assert U.shape == (m, k) and V_.shape == (k, n)
+        left = (Q - U @ V_).abs().flatten().sort()[0]
+        errors.append(left[:m * n - (numbers - k * (m + n))].square().sum().item())
+    truncated = (Q - Q @ V.T @ V).abs().flatten().sort()[0]
+    assert errors[0] == pytest.approx(truncated[:m * n - (numbers - k * (m + n))].square().sum().item(), rel=1e-9)
+    assert all(after <= before * (1 + 1e-12) for before, after in zip(errors, errors[1:]))
+    assert errors[-1] < 0.99 * errors[0]
+
+
+def test_alternating_finds_a_planted_split(device):
+    L, S = planted(60, 40, device=device)
+    V = torch.linalg.svd(L + S)[2][:2]
+    U, V = rpca.alternate(L + S, V, 2 * 100 + (S != 0).sum().item(), rounds=60)
+    assert (U @ V - L).norm() < 1e-6 * L.norm()
+
+
+# ---- the layer ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (7, 9), (1, 64), (129, 3)])
+def test_bits_come_back_one_an_entry(shape, device):
+    for mask in (random(*shape, device=device) > 0, torch.ones(shape, dtype=torch.bool, device=device)):
+        packed = rpca.pack_bits(mask)
+        assert packed.dtype == torch.uint8 and packed.numel() == -(-math.prod(shape) // 8)
+        assert np.array_equal(packed.cpu().numpy(), np.packbits(mask.cpu().numpy(), bitorder="little"))
+        unpacked = rpca.unpack_bits(packed, mask.shape)
+        assert unpacked.dtype == torch.bool and torch.equal(unpacked, mask)
+
+
+def sum_layer(m, n, k, bias, device="cpu"):
+    """(LowRankPlusSparse, its dense weight, its bias or 0, S, inputs), float64."""
+    U, V, b = random(m, k, device=device), random(k, n, seed=1, device=device), random(m, seed=2, device=device) if bias else None
+    S = random(m, n, seed=3, device=device) * (random(m, n, seed=4, device=device) > 0.3)
+    layer = rpca.LowRankPlusSparse.of(U, V, S, b, like=torch.empty(m, n, dtype=torch.float64, device=device))
+    return layer.eval(), U @ V + S, 0 if b is None else b, S, random(2, 4, n, seed=5, device=device)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("m, n", SHAPES)
+def test_a_sum_layer_answers_for_the_weight_it_replaced(m, n, k, bias, device):
+    layer, W, b, S, x = sum_layer(m, n, k, bias, device)
+    torch.testing.assert_close(layer(x), x @ W.T + b, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), x @ W.T + b, rtol=1e-12, atol=1e-12)
+    assert torch.equal(layer.sparse(), S)
+    assert sum(p.numel() for p in layer.parameters()) == k * (m + n) + S.count_nonzero().item() + (m if bias else 0)
+
+
+def test_a_sum_layer_without_any_entry_is_its_low_rank_part():
+    U, V, x = random(7, 2), random(2, 5, seed=1), random(4, 5, seed=2)
+    layer = rpca.LowRankPlusSparse.of(U, V, torch.zeros(7, 5), None, like=U)
+    torch.testing.assert_close(layer(x), x @ (U @ V).T, rtol=1e-12, atol=1e-12)
+    assert layer.values.numel() == 0
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_the_gradient_reaches_values_factors_and_bias(k, device):
+    layer, W, b, S, x = sum_layer(7, 5, k, True, device)
+    with torch.no_grad():
+        layer(x)                                                  # leaves an unpacked S behind
+    target, dense = random(7, seed=6, device=device), W.clone().requires_grad_()
+    layer.requires_grad_()
+    (layer(x) - target).square().sum().backward()
+    (x @ dense.T + b - target).square().sum().backward()
+    torch.testing.assert_close(layer.values.grad, dense.grad[S != 0], rtol=1e-10, atol=1e-10)
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+    if k:
+        torch.testing.assert_close(layer.up.weight.grad, dense.grad @ layer.down.weight.T, rtol=1e-10, atol=1e-10)
+
+
+def dense_weight(layer):
+    """The weight [m, n] of a LowRankPlusSparse, from its parameters and the bits of its mask alone."""
+    m, n = layer.shape
+    bits = np.unpackbits(layer.mask.cpu().numpy(), bitorder="little")
+    assert not bits[m * n:].any() and bits.sum() == len(layer.values)
+    W = torch.zeros(m, n, dtype=layer.values.dtype)
+    W[torch.from_numpy(bits[:m * n].reshape(m, n).astype(bool))] = layer.values.detach().cpu()
+    return W + (layer.up.weight @ layer.down.weight).detach().cpu() if layer.up else W
+
+
+@pytest.mark.parametrize("change", ["dtype", "dtype and back", "step", "state"])
+def test_a_sum_layer_follows_its_values_after_a_forward_pass(change, device):
+    for _ in range(40):                                           # memory that is freed may be given out again
+        layer, _, b, _, x = sum_layer(64, 64, 2, True, device)
+        with torch.no_grad():
+            layer(x)
+            if change == "step":
+                layer.values += 1
+            elif change == "state":
+                state = {name: value + 1 if value.is_floating_point() else value for name, value in layer.state_dict().items()}
+                layer.load_state_dict(state)
+            else:
+                layer.to(torch.bfloat16)
+                layer.to(torch.float64 if change == "dtype and back" else torch.float32)
+            x = x.to(layer.values)
+            assert layer.mask.dtype == torch.uint8 and layer(x).dtype == layer.values.dtype
+            expected = F.linear(x, dense_weight(layer).to(device), layer.bias)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- compressing a model ------------------------------------------------------------------------
+
+def cap(make=tiny_gpt2, ratio=0.5, batches=None, seed=0, **settings):
+    model = make()
+    torch.manual_seed(seed)
+    return rpca.compress(model, batches or [tokens(2, 16), tokens(2, 16, seed=1)], ratio, **settings)
+
+
+SETTINGS = [{}, {"rank_share": 0.3}, {"rank_share": 0, "rounds": 1}, {"rank_share": 0.3, "uniform": True, "refitted": False},
+            {"scale": False, "rounds": 2}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("make", MODELS)
+def test_cap_meets_the_budget_exactly(make, ratio, settings):
+    dense, model = block_layers(make()), cap(make, ratio, **settings)
+    new = [model.get_submodule(name) for name in dense]
+    stored = sum(p.numel() for layer in new for p in layer.parameters())
+    stored -= sum(layer.bias.numel() for layer in dense.values() if layer.bias is not None)
+    budget = (1 - ratio) * sum(matrix(layer).numel() for layer in dense.values())
+    assert all(isinstance(layer, rpca.LowRankPlusSparse) for layer in new)
+    assert stored <= budget
+    assert budget - stored < (len(new) + 1 if settings.get("uniform") else 1)       # rounded down, matrix by matrix or once
+    for layer in new:
+        m, n = layer.shape
+        k = len(layer.down.weight) if layer.up else 0
+        assert settings.get("rank_share", 0.04) > 0 or k == 0
+        if settings.get("uniform"):
+            assert k == int(settings["rank_share"] * int((1 - ratio) * m * n) / (m + n))
+    assert ratio > 0.5 or settings.get("rank_share", 0) == 0 or any(layer.up for layer in new)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("make", MODELS)
+def test_the_policy_estimator_stays_in_the_budget(make, ratio):
+    dense, model = block_layers(make()), cap(make, ratio, estimator="policy")
+    stored = [sum(p.numel() for p in model.get_submodule(name).parameters()) - (0 if layer.bias is None else layer.bias.numel())
+              for name, layer in dense.items()]
+    budget = (1 - ratio) * sum(matrix(layer).numel() for layer in dense.values())
+    assert budget - 1 < sum(stored) <= budget
+    assert math.isfinite(perplexity(model, tokens(64), 16).ppl)
+
+
+@pytest.mark.parametrize("estimator", rpca.ESTIMATORS)
+@pytest.mark.parametrize("make", MODELS)
+def test_a_cap_model_is_the_dense_model_with_its_weights(make, estimator):
+    model, dense = cap(make, rank_share=0.3, estimator=estimator), make()
+    layers = block_layers(dense)
+    swap(dense, {layer: dense_like(layer, dense_weight(model.get_submodule(name)), layer.bias) for name, layer in layers.items()})
+    ids = tokens(3, 20, seed=5)
+    torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"uniform": True}, {"scale": False}], ids=str)
+@pytest.mark.parametrize("make", MODELS)
+def test_one_round_without_refitting_keeps_the_weights_of_most_predicted_loss(make, settings):
+    model, batches = make(), [tokens(4, 32)]
+    layers = block_layers(model)
+    metrics = collect_metric(model, layers, batches)
+    new = rpca.compressed_layers(model, layers, metrics, batches, 0.5, rank_share=0, rounds=1, refitted=False, **settings)
+    groups = {}
+    for name, layer in layers.items():
+        W, kept = matrix(layer), dense_weight(new[layer]) != 0
+        assert torch.equal(dense_weight(new[layer]), W * kept)
+        worth = metrics[name].R[:, None] * W.square() * metrics[name].G.diagonal() if settings.get("scale", True) else W.square()
+        groups.setdefault(name if settings.get("uniform") else "all", []).append((worth[kept], worth[~kept]))
+    for group in groups.values():
+        kept, dropped = (torch.cat(parts) for parts in zip(*group))
+        assert abs(len(kept) - len(dropped)) <= 1
+        assert kept.min() >= dropped.max() * (1 - 1e-4)
+
+
+def predicted_loss(model, metrics, compressed):
+    loss = 0.0
+    for name, layer in block_layers(model).items():
+        E = (matrix(layer) - dense_weight(compressed.get_submodule(name))).double()
+        loss += (metrics[name].R.double() @ (E @ metrics[name].G.double() @ E.T).diagonal()).item()
+    return loss
+
+
+@pytest.mark.parametrize("rank_share", [0, 0.2])
+@pytest.mark.parametrize("make", MODELS)
+def test_refitting_and_rounds_lower_the_predicted_loss(make, rank_share):
+    model, batches = make(), [tokens(8, 32)]
+    metrics = collect_metric(model, block_layers(model), batches)
+    masked, once, rounds = (cap(make, batches=batches, metrics=metrics, rank_share=rank_share, **settings)
+                            for settings in ({"rounds": 1, "refitted": False}, {"rounds": 1}, {"rounds": 8}))
+    losses = [predicted_loss(model, metrics, compressed) for compressed in (masked, once)]
+    for name, layer in block_layers(model).items():                # the best values there are on the mask of one round
+        new = once.get_submodule(name)
+        low = new.up.weight.detach() @ new.down.weight.detach() if new.up else 0
+        S, mask = new.sparse().detach(), new.sparse() != 0
+        new.values.data = rpca.refit(matrix(layer) - low, S, mask, metrics[name].G, iterations=500, damping=1e-6)[mask]
+    losses.append(predicted_loss(model, metrics, once))
+    losses.append(predicted_loss(model, metrics, rounds))
+    assert losses == sorted(losses, reverse=True) and losses[1] < 0.95 * losses[0] and losses[3] < 0.95 * losses[2]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_low_rank_and_sparse_parts_make_up_the_weight(make):
+    dense, model = make(), cap(make, rank_share=0.3, rounds=1, refitted=False)
+    for name, layer in block_layers(dense).items():
+        new = model.get_submodule(name)
+        kept = new.sparse() != 0
+        torch.testing.assert_close(dense_weight(new)[kept], matrix(layer)[kept], rtol=1e-4, atol=1e-5)
+        if new.up:
+            torch.testing.assert_close(new.up.weight.norm(dim=0), new.down.weight.norm(dim=1), rtol=1e-4, atol=0)
+
+
+def test_low_rank_plus_sparse_weights_are_found_in_a_model():
+    model, batches = tiny_gpt2(), [tokens(8, 32)]
+    layers = block_layers(model)
+    for i, layer in enumerate(layers.values()):
+        matrix(layer).copy_(0.05 * sum(planted(*matrix(layer).shape, seed=10 * i)))
+    metrics = collect_metric(model, layers, batches)
+    with_low_rank, without = (cap(lambda: copy.deepcopy(model), 0.75, batches, metrics=metrics, uniform=True, rank_share=share)
+                              for share in (0.5, 0))
+    assert predicted_loss(model, metrics, with_low_rank) < 0.02 * predicted_loss(model, metrics, without)
+
+
+def test_the_global_mask_predicts_less_loss_than_a_uniform_one():
+    model, batches = tiny_gpt2(), [tokens(8, 32)]
+    metrics = collect_metric(model, block_layers(model), batches)
+    everywhere, uniform = (cap(batches=batches, metrics=metrics, uniform=uniform) for uniform in (False, True))
+    assert predicted_loss(model, metrics, everywhere) < predicted_loss(model, metrics, uniform)
+
+
+def test_cap_lowers_the_divergence_of_magnitude_and_wanda(demo):
+    dense, batches = demo
+    layers = block_layers(dense)
+    metrics = collect_metric(dense, layers, batches[:4])
+    target, found = [logits(dense, ids) for ids in batches[4:]], {}
+    for prune in (rpca.magnitude, rpca.wanda):
+        pruned = {layer: dense_like(layer, prune(matrix(layer), metrics[name].G.diagonal().sqrt(), 0.5), layer.bias)
+                  for name, layer in layers.items()}
+        with swapped(dense, pruned):
+            found[prune] = divergence(target, dense, batches[4:])
+    ours = divergence(target, rpca.compress(copy.deepcopy(dense), batches[:4], 0.5, metrics), batches[4:])
+    assert ours < 0.6 * min(found.values())
+
+
+@pytest.mark.parametrize("estimator", rpca.ESTIMATORS)
+def test_same_seed_same_mask(estimator):
+    states = [cap(estimator=estimator, rank_share=0.3, seed=7).state_dict() for _ in range(2)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+def test_the_policy_draws_from_its_own_seed():
+    model, batches = tiny_gpt2(), [tokens(2, 16)]
+    layers = block_layers(model)
+    metrics = collect_metric(model, layers, batches)
+    found = []
+    for seed in (0, 0, 1):
+        new = rpca.compressed_layers(model, layers, metrics, batches, 0.5, estimator="policy", seed=seed)
+        found.append(torch.cat([dense_weight(new[layer]).flatten() for layer in layers.values()]))
+        torch.rand(1)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("estimator", rpca.ESTIMATORS)
+def test_choosing_leaves_the_dense_model_alone(estimator):
+    model, batches = tiny_gpt2(), [tokens(2, 16)]
+    model.transformer.wpe.requires_grad_(False)
+    layers, flags = block_layers(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    new = rpca.compressed_layers(model, layers, collect_metric(model, layers, batches), batches, 0.5, estimator=estimator)
+    assert block_layers(model) == layers and new.keys() == set(layers.values())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for layer in new.values() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"rank_share": 0.3, "uniform": True}, {"scale": False}, {"estimator": "policy"}], ids=str)
+@pytest.mark.parametrize("dead", ["inputs", "outputs"])
+def test_cap_bears_a_layer_that_does_nothing(dead, settings):
+    model = tiny_gpt2()
+    block = model.transformer.h[1].mlp
+    if dead == "outputs":
+        block.c_proj.weight.data.zero_()
+    else:
+        block.c_fc.weight.data.zero_()
+        block.c_fc.bias.data.fill_(-1000)
+    layers = block_layers(model)
+    rpca.compress(model, [tokens(2, 16)], 0.5, **settings)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    numbers = sum(len(model.get_submodule(name).values) for name in layers)
+    assert numbers <= 0.5 * sum(matrix(layer).numel() for layer in layers.values())
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.1, float("nan")])
+def test_an_impossible_ratio_of_cap_is_named(ratio):
+    with pytest.raises(UserError, match=f"ratio {ratio}"):
+        cap(ratio=ratio)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_uniform_mask_takes_the_same_share_of_every_matrix(make):
+    model = cap(make, uniform=True, rank_share=0)
+    for name, layer in block_layers(make()).items():
+        new = model.get_submodule(name)
+        stored = sum(p.numel() for p in new.parameters()) - (0 if layer.bias is None else layer.bias.numel())
+        assert 0 <= matrix(layer).numel() / 2 - stored < 2
+
+
+# ---- on disk ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("estimator", rpca.ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", MODELS)
+def test_a_saved_cap_model_comes_back_bit_for_bit(make, dtype, estimator, device, tmp_path):
+    ids = tokens(2, 16, device=device)
+    make().save_pretrained(tmp_path / "dense")
+    model = rpca.load(tmp_path / "dense", dtype=dtype).to(device)
+    rpca.compress(model, [ids], 0.5, rank_share=0.3, estimator=estimator)
+    rpca.save(model, tmp_path / "model")
+    again = rpca.load(tmp_path / "model").to(device)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    again.generate(ids, max_new_tokens=3, do_sample=False)
+
+
+def test_a_cap_folder_loads_in_another_dtype(tmp_path):
+    model, ids = cap(rank_share=0.3), tokens(2, 16)
+    rpca.save(model, tmp_path / "model")
+    again = rpca.load(tmp_path / "model", dtype=torch.bfloat16)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    expected, found = model.to(torch.bfloat16).state_dict(), again.state_dict()
+    assert all(torch.equal(found[name].to(value), value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", MODELS)
+def test_half_the_numbers_take_at_most_six_tenths_of_the_bytes(make, dtype, tmp_path):
+    dense = block_layers(make())
+    rpca.save(cap(lambda: make().to(dtype), rank_share=0.1), tmp_path / "model")
+    tensors, stored, before = load_file(tmp_path / "model" / "model.safetensors"), 0, 0
+    for name, layer in dense.items():
+        parts = {key: value for key, value in tensors.items() if key.startswith(name + ".") and key != name + ".bias"}
+        assert parts[name + ".mask"].nbytes == -(-matrix(layer).numel() // 8)
+        stored += sum(value.nbytes for value in parts.values())
+        before += matrix(layer).numel() * dtype.itemsize
+    assert 0.5 * before < stored <= 0.60 * before
+
+
+def test_the_library_of_cap_prints_nothing_and_another_process_reads_its_folder(tmp_path):
+    script = ("import rpca, test_soco as t, torch; m = t.tiny_gpt2(); ids = t.tokens(2, 16); torch.manual_seed(0); "
+              "rpca.compress(m, [ids], 0.5, rank_share=0.3, estimator='policy'); rpca.save(m, 'x'); rpca.load('x'); "
+              "m = t.tiny_gpt2(); rpca.compress(m, [ids], 0.5, rank_share=0.3); rpca.save(m, 'y'); "
+              "torch.save(t.logits(m, ids), 'logits')")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert torch.equal(logits(rpca.load(tmp_path / "y"), tokens(2, 16)), torch.load(tmp_path / "logits"))
+
+
+# ---- baselines ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
+@pytest.mark.parametrize("m, n", SHAPES + [(20, 30)])
+def test_magnitude_and_wanda_keep_the_largest(m, n, ratio):
+    W, D = random(m, n), random(n, seed=1).abs()
+    falling = W.abs().flatten().sort(descending=True)[0]
+    count = int((1 - ratio) * m * n)
+    assert torch.equal(rpca.magnitude(W, D, ratio), W * (W.abs() > (falling[count] if count < m * n else -1)))
+    pruned = rpca.wanda(W, D, ratio)
+    for row, kept in zip(W.tolist(), pruned.tolist()):
+        best = sorted(range(n), key=lambda i: -abs(row[i]) * D[i].item())[:int((1 - ratio) * n)]
+        assert kept == [w if i in best else 0 for i, w in enumerate(row)]
+
+
+@pytest.mark.parametrize("m, n, ratio", [(40, 64, 0.5), (24, 200, 0.5), (31, 130, 0.6), (9, 300, 0.25)])
+def test_sparsegpt_leaves_the_asked_sparsity_and_less_error_than_pruning(m, n, ratio):
+    W, _, G = problem(m, n, torch.float32)
+    pruned = baselines.sparsegpt(W, G, ratio)
+    starts = range(0, n, 128)
+    assert pruned.count_nonzero() == m * n - sum(round(ratio * m * min(128, n - start)) for start in starts)
+    assert abs(pruned.count_nonzero() - (1 - ratio) * m * n) <= 0.5 * len(starts)
+    cut = W.abs().flatten().sort(descending=True)[0][pruned.count_nonzero()]
+    assert output_error(W - pruned, G) < 0.8 * output_error(W - W * (W.abs() > cut), G)
+
+
+def test_sparsegpt_drops_a_dead_input_and_leaves_the_rest_at_ratio_zero():
+    W, _, G = problem(8, 12, torch.float32)
+    G[3], G[:, 3] = 0, 0
+    pruned = baselines.sparsegpt(W, G, 1 / 96)
+    assert not pruned[:, 3].any()
+    torch.testing.assert_close(pruned[:, 4:], W[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank_share", [0, 0.25, 0.6])
+@pytest.mark.parametrize("m, n, ratio", [(40, 60, 0.5), (61, 39, 0.5), (31, 57, 0.63), (12, 7, 0.5)])
+def test_oats_keeps_its_budget(m, n, ratio, rank_share, monkeypatch):
+    W, D, sparse = sum(planted(m, n)).float(), random(n, seed=1).abs().float() + 0.1, []
+    top_per_row = baselines.top_per_row
+    monkeypatch.setattr(baselines, "top_per_row", lambda A, k: sparse.append(top_per_row(A, k)) or sparse[-1])
+    pruned = baselines.oats(W, D, ratio, rank_share, rounds=20)
+    rank = torch.linalg.matrix_rank(pruned * D - sparse[-1], atol=1e-4).item()
+    numbers = rank * (m + n) + sparse[-1].count_nonzero().item()
+    assert numbers <= (1 - ratio) * m * n < numbers + m + n + m
+    assert len(sparse[-1].count_nonzero(1).unique()) == 1
+    if rank:
+        assert ((pruned - W) * D).norm() < ((rpca.wanda(W, D, 1 - numbers / (m * n)) - W) * D).norm()
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+RPCA_LINE = "--model {house}/model --calib {house}/train --eval {house}/test --seqlen 16 --metric-batches 2 --eval-blocks 3 "
+
+
+@pytest.fixture(scope="session")
+def cap_demo(tmp_path_factory):
+    """(metrics.json, folder, stdout) of the bundled model's run, stderr checked to be empty."""
+    folder = tmp_path_factory.mktemp("cap") / "folder"
+    done = run_script("rpca.py", "--eval-blocks", 40, "--out", folder, cwd=folder.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads((folder / "metrics.json").read_text()), folder, done.stdout
+
+
+def test_cap_demo_order_of_the_methods(cap_demo):
+    ppl = cap_demo[0]["ppl"]
+    assert ppl["dense"] < ppl["compressed"] < ppl["wanda"] < ppl["magnitude"]
+
+
+def test_cap_demo_keeps_more_than_half_of_what_pruning_loses(cap_demo):
+    gap = cap_demo[0]["gap"]
+    assert gap["compressed"] < 0.5 * min(gap["wanda"], gap["magnitude"])
+
+
+def test_cap_demo_metrics_tell_the_whole_run(cap_demo):
+    report, folder, out = cap_demo
+    asked = {"method", "model", "ratio", "seed", "compressible_params", "kept_params", "dense_bytes", "file_bytes", "seconds",
+             "peak_memory_bytes", "ppl", "eval", "layers", "calib", "seqlen", "batch_size", "metric_batches", "estimator",
+             "rank_share", "rounds", "no_scale", "no_refit", "uniform"}
+    assert asked <= report.keys() and report["method"] == "cap" and report["estimator"] == "metric"
+    assert report["ppl"].keys() == {"dense", "magnitude", "wanda", "compressed"} == report["gap"].keys()
+    assert report["eval"]["data"] == report["calib"] == "stdlib"
+    assert report["eval"]["tokens"] == 40 * (report["eval"]["seqlen"] - 1)
+    assert report["file_bytes"] == (folder / "model.safetensors").stat().st_size < 0.8 * report["dense_bytes"]
+    for label, key in [("dense", "dense"), ("magnitude", "magnitude"), ("Wanda", "wanda"), ("CAP", "compressed")]:
+        row = next(line for line in out.splitlines() if line.startswith(label))
+        assert f"{report['ppl'][key]:.2f}" in row
+        counts = [int(word.replace(",", "")) for word in row.split() if "," in word and word[0].isdigit()]
+        assert counts == [report["compressible_params"] if key == "dense" else report["kept_params"]]
+    assert f"written to {folder}" in out
+
+
+def test_cap_demo_counts_and_bytes_are_those_of_the_saved_modules(cap_demo):
+    report, folder, _ = cap_demo
+    model, tensors, kept, dense, stored = rpca.load(folder), load_file(folder / "model.safetensors"), 0, 0, 0
+    for layer in report["layers"]:
+        m, n = layer["shape"]
+        module = model.get_submodule(layer["name"])
+        rank = len(module.down.weight) if module.down else 0
+        assert (layer["rank"], layer["nonzeros"]) == (rank, len(module.values))
+        assert dense_weight(module).shape == (m, n)
+        kept, dense = kept + rank * (m + n) + len(module.values), dense + m * n
+        stored += sum(value.nbytes for key, value in tensors.items()
+                      if key.startswith(layer["name"] + ".") and not key.endswith(".bias"))
+    assert report["compressible_params"] == dense and report["kept_params"] == kept
+    assert dense // 2 - 1 <= kept <= dense // 2
+    assert stored <= 0.60 * 4 * dense
+    assert len({layer["nonzeros"] / math.prod(layer["shape"]) for layer in report["layers"]}) > 2
+    assert any(layer["rank"] for layer in report["layers"])
+
+
+def test_cap_demo_folder_scores_the_same_in_a_new_process(cap_demo, demo_text, tmp_path):
+    _, folder, _ = cap_demo
+    (tmp_path / "text").write_text(demo_text[:20_000])
+    done = run_script("eval_ppl.py", "--model", folder, "--eval", tmp_path / "text", "--seqlen", 64, "--blocks", 20, cwd=tmp_path)
+    assert done.stderr == ""
+    model, tokenizer = cli.load_model(str(folder), torch.device("cpu"), torch.float32)
+    expected = perplexity(model, encode(tokenizer, demo_text[:20_000]), 64, blocks=20).ppl
+    assert float(re.match(r"perplexity (\S+)", done.stdout)[1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_flag_of_cap_reaches_the_method(command, tmp_path):
+    seen = {}
+    for flag in ["", "--seed 1", "--rank-share 0.3", "--rounds 1", "--no-scale", "--no-refit", "--uniform", "--estimator policy",
+                 "--ratio 0.4"]:
+        code, out, err = command("rpca.py", f"{RPCA_LINE} {flag} --out folder --overwrite")
+        assert (code, err) == (0, "")
+        report = json.loads((tmp_path / "folder" / "metrics.json").read_text())
+        seen[flag] = report["ppl"]["compressed"]
+        assert report["ppl"]["dense"] == pytest.approx(perplexity(tiny_gpt2(), tokens(1000, seed=1), 64, blocks=3).ppl, rel=1e-4)
+    assert len(set(seen.values())) == len(seen), seen
+
+
+def test_a_cap_run_can_be_repeated(command, tmp_path):
+    for name in ("one", "two"):
+        assert command("rpca.py", f"{RPCA_LINE} --seed 3 --rank-share 0.2 --estimator policy --out {name}")[0] == 0
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["ppl"] == two["ppl"] and one["layers"] == two["layers"]
+
+
+def test_help_of_cap_shows_every_flag(command):
+    code, out, _ = command("rpca.py", "--help")
+    flags = "model device dtype ratio calib eval same-text seqlen batch-size metric-batches eval-seqlen eval-stride " \
+            "eval-blocks seed out overwrite estimator rank-share rounds no-scale no-refit uniform"
+    assert code == 0 and all(f"--{flag} " in out or f"--{flag}\n" in out for flag in flags.split())
+
+
+def test_logits_that_are_not_finite_are_refused_by_cap(command, tmp_path):
+    model = tiny_gpt2()
+    model.transformer.h[0].mlp.c_proj.weight.data *= 1e30
+    model.transformer.h[0].mlp.c_fc.weight.data *= 1e30
+    model.save_pretrained(tmp_path / "loud")
+    tiny_tokenizer().save_pretrained(tmp_path / "loud")
+    code, _, err = command("rpca.py", f"{RPCA_LINE} --model {tmp_path}/loud --out new")
+    check_refusal(code, err, "loud")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("line, named", [
+    ("--ratio 1", ["--ratio", "1 "]),
+    ("--rank-share 1", ["--rank-share", "1 "]),
+    ("--rank-share -0.1", ["--rank-share", "-0.1"]),
+    ("--rounds 0", ["--rounds", "0 "]),
+    ("--estimator luck", ["--estimator", "luck"]),
+    ("--steps 3", ["--steps"]),
+    ("--model {house}/compressed", ["{house}/compressed", "compressed already"]),
+    ("--model {house}/nan", ["{house}/nan", "transformer.h.1.mlp.c_fc.weight"]),
+    ("--calib {house}/short", ["{house}/short", "10 tokens"]),
+    ("--eval {house}/train", ["{house}/train", "--same-text"]),
+    ("--out {house}/model --overwrite", ["{house}/model", "--overwrite"]),
+])
+def test_bad_input_of_cap_is_one_line_and_writes_nothing(line, named, command, house, tmp_path):
+    before = tree(house)
+    code, out, err = command("rpca.py", RPCA_LINE + line)
+    check_refusal(code, err, *[word.format(house=house) for word in named])
+    assert out == "" and tree(house) == before and tree(tmp_path) == []

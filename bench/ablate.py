@@ -34,9 +34,9 @@ SOCO = {                                             # name: settings of soco.co
 }
 CAP = {                                              # name: settings of rpca.compressed_layers
     "full method": {},
+    "no low-rank part": {"rank_share": 0.0},
     "one round (the initial mask, refitted)": {"rounds": 1},
     "no scale": {"scale": False},
-    "no low-rank part": {"rank_share": 0.0},
     "twice the low-rank part": {"rank_share": 0.08},
     "uniform budget": {"uniform": True},
     "no refit": {"refitted": False},
@@ -111,10 +111,10 @@ def main():
         root_mean_square = lambda G: G.diagonal().sqrt()
         score("magnitude", lambda: baseline_layers(job, metrics, lambda W, G: rpca.magnitude(W, None, args.ratio)))
         score("Wanda", lambda: baseline_layers(job, metrics, lambda W, G: rpca.wanda(W, root_mean_square(G), args.ratio)))
-        score("OATS, 20 rounds", lambda: baseline_layers(job, metrics, lambda W, G: oats(W, root_mean_square(G), args.ratio, rounds=20)))
         score("SparseGPT", lambda: baseline_layers(job, metrics, lambda W, G: sparsegpt(W, G, args.ratio)))
         for variant, changes in CAP.items():
             score(variant, lambda: cap_layers(job, metrics, job.batches(args.metric_batches), **changes))
+        score("OATS, 20 rounds", lambda: baseline_layers(job, metrics, lambda W, G: oats(W, root_mean_square(G), args.ratio, rounds=20)))
 
 
 if __name__ == "__main__":

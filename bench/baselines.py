@@ -39,7 +39,7 @@ def oats(W, D, ratio, rank_share=0.25, rounds=80):
     m, n = W.shape
     A = W.float() * D
     kept = (1 - ratio) * m * n
-    rank, per_row = int(rank_share * kept / (m + n)), round((1 - rank_share) * kept / m)
+    rank, per_row = int(rank_share * kept / (m + n)), int((1 - rank_share) * kept / m)
     S, V = torch.zeros_like(A), torch.linalg.svd(A, full_matrices=False)[2][:rank].T
     for _ in range(rounds):
         U = torch.linalg.qr((A - S) @ V)[0]
