@@ -140,7 +140,7 @@ def check_seqlen(flag, seqlen, model):
 
 # ---- a run: from checked arguments to the saved folder and its report -----------------------------
 
-def run_parser(description):
+def run_parser(description, metric_batches=16):
     """The flags that soco.py and rpca.py share."""
     parser = Parser(description)
     add_model_flags(parser)
@@ -150,7 +150,7 @@ def run_parser(description):
     parser.add("--same-text", "allow --calib and --eval to be the same file", action="store_true")
     parser.add("--seqlen", "tokens a calibration block", type=whole(8), default=256)
     parser.add("--batch-size", "blocks a batch", type=whole(1), default=4)
-    parser.add("--metric-batches", "batches that the metric is collected on", type=whole(1), default=32)
+    parser.add("--metric-batches", "batches that the metric is collected on", type=whole(1), default=metric_batches)
     parser.add("--eval-seqlen", "tokens a window of the perplexities (default: what the model reads, at most 2048)", type=whole(2))
     parser.add("--eval-stride", "tokens from one window to the next (default: --eval-seqlen)", type=whole(1))
     parser.add("--eval-blocks", "score only the first so many windows (default: all)", type=whole(1))

@@ -456,7 +456,7 @@ register("cap", build_empty)
 
 
 def main():
-    parser = run_parser(__doc__)
+    parser = run_parser(__doc__, metric_batches=32)
     parser.add("--estimator", "of the mask: metric, or the paper's policy gradient", choices=ESTIMATORS, default="metric")
     parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(0, 1, or_low=True), default=0.04)
     parser.add("--rounds", "of pruning and refitting", type=whole(1), default=5)

@@ -82,7 +82,7 @@ def main():
     name = re.sub(r"\W+", "-", f"{method}-{Path(args.model).name}-{args.ratio:g}-{args.seed}")
     path = Path(__file__).parent / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    settings = {key: value for key, value in vars(args).items() if key != "only"}
+    settings = {key: Path(value).name if key in ("model", "calib", "eval") else value for key, value in vars(args).items() if key != "only"}
     results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "variants": {}}
     if results["settings"] != settings:
         parser.error(f"{path} holds a run with other settings: move it away")
