@@ -98,7 +98,7 @@ def pick_dtype(name, device):
 
 def load_model(name, device, dtype):
     """(model, tokenizer) of a local folder, dense or compressed, or of a hub id; only safetensors is read."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
     try:

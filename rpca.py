@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# load and save stand here for whoever imports this module
 from common import (UserError, bar, block_layers, collect_metric, dense_like, input_device, load, mark_compressed, matrix,
                     register, save, swap, swapped)
 

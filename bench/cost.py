@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rpca
 import soco
 from cli import Job, run, run_parser, whole
-from common import block_layers, collect_metric, input_device, swapped
+from common import collect_metric, swapped
 
 
 def seconds(call, repeats=5):
@@ -51,20 +51,20 @@ def objective(L, S, lam):
     return torch.linalg.matrix_norm(L.double(), "nuc").item() + lam * S.double().abs().sum().item()
 
 
-def main():
-    parser = run_parser(__doc__)
-    parser.add("--steps", "of SoCo's run", type=whole(1), default=20)
-    args = parser.parse_args()
+def solver():
+    """`rpca` against the textbook at the same number of iterations."""
     for m, n in [(576, 1536), (2048, 2048)]:
-        W, iterations = torch.randn(m, n, generator=torch.Generator().manual_seed(0)), 10
+        W, iterations, lam = torch.randn(m, n, generator=torch.Generator().manual_seed(0)), 10, max(m, n) ** -0.5
         textbook = seconds(lambda: textbook_rpca(W, iterations), 1)
         ours = seconds(lambda: rpca.rpca(W, max_iter=iterations), 1)
         found = rpca.rpca(W, max_iter=iterations)
-        a = objective((found.U * found.sigma) @ found.V, found.S, max(m, n) ** -0.5)
-        b = objective(*textbook_rpca(W, iterations), max(m, n) ** -0.5)
-        print(f"rpca {m} x {n}: {textbook / ours:.1f} times as fast as the textbook's, objective / textbook's {a / b:.6f}", flush=True)
-    job = Job(args, "soco")
-    model, ids = job.model, job.batches(1)[0].to(job.device)
+        quotient = objective((found.U * found.sigma) @ found.V, found.S, lam) / objective(*textbook_rpca(W, iterations), lam)
+        print(f"rpca {m} x {n}: {textbook / ours:.1f} times as fast as the textbook's, objective / textbook's {quotient:.6f}", flush=True)
+
+
+def methods(job):
+    """A learning step, prefill and bytes of both methods, against the dense model."""
+    args, model, ids = job.args, job.model, job.batches(1)[0].to(job.device)
 
     def dense_step():
         model.zero_grad()
@@ -86,12 +86,22 @@ def main():
     step = (time.perf_counter() - start - decomposed) / args.steps
     sparse = rpca.compressed_layers(model, job.layers, metrics, job.batches(4), args.ratio, rounds=1)
     print(f"a learning step of SoCo / forward and backward of the dense model: {step / dense:.2f} ({step:.3f} s, {dense:.3f} s)")
-    bytes_of = lambda layers: sum(t.numel() * t.element_size() for layer in layers for t in layer.state_dict().values())
-    dense_bytes = bytes_of(job.layers.values())
+    dense_bytes = stored_bytes(job.layers.values())
     for name, new in [("SoCo", low_rank), ("CAP", sparse)]:
         with swapped(model, new):
             print(f"{name}: prefill {dense_prefill / seconds(prefill):.2f} times as fast as dense, "
-                  f"block bytes / dense {bytes_of(new.values()) / dense_bytes:.3f}")
+                  f"block bytes / dense {stored_bytes(new.values()) / dense_bytes:.3f}", flush=True)
+
+
+def stored_bytes(layers):
+    return sum(t.numel() * t.element_size() for layer in layers for t in layer.state_dict().values())
+
+
+def main():
+    parser = run_parser(__doc__)
+    parser.add("--steps", "of SoCo's run", type=whole(1), default=20)
+    methods(Job(parser.parse_args(), "soco"))
+    solver()
 
 
 if __name__ == "__main__":
