@@ -14,8 +14,9 @@ for the whole model,
 
     sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * numbers in the block weights,
 
-and the probabilities are learned from the loss on calibration text. *Then* the most probable are kept, the values are
-refitted on that structure, and each layer is stored as U sqrt(sigma), sqrt(sigma) V and a bitmask with the values of S.
+The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default drives p to
+0 or 1 by what the metric predicts, in rounds, for the entries; L then has a fixed small share of each matrix's numbers.
+*Then* what is kept has its values refitted on that structure, and each layer is stored as U sqrt(sigma), sqrt(sigma) V and a bitmask with the values of S.
 (S is the sparse part here; in soco.py it is the score.)
 """
 import math
