@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cli import (BUNDLED, Parser, add_model_flags, check_seqlen, load_model, longest_input, pick_device, pick_dtype,
-                 run, whole)
-from common import UserError, bar, input_device
+from common import UserError, bar
+from common.cli import (BUNDLED, Parser, add_model_flags, check_seqlen, load_model, longest_input, pick_device, pick_dtype,
+                        run, whole)
+from common.layers import input_device
 
 
 class Perplexity(NamedTuple):
@@ -81,21 +82,31 @@ def stdlib_documents():
     documents = {f"topic {name}": [text] for name, text in topics.items()}
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idlelib", "site-packages", "lib2to3", "turtledemo"}
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(root.rglob("*.py")):
         if skip.isdisjoint(path.relative_to(root).parts):
-            nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
-            documents[path.relative_to(root).as_posix()] = list(filter(None, map(ast.get_docstring, nodes)))
+            documents[path.relative_to(root).as_posix()] = docstrings(path.read_bytes())
     return documents
 
 
+def docstrings(source):
+    """All docstrings of a Python source."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return list(filter(None, map(ast.get_docstring, nodes)))
+
+
+def is_held_out(name):
+    """Whether the document of that name belongs to the test split: one in ten, by a hash."""
+    return zlib.crc32(name.encode()) % 10 == 0
+
+
 def stdlib(split):
-    """English that every Python installation carries: one document in ten, by a hash of its name, is the test split.
+    """English that every Python installation carries; `is_held_out` names the documents of the test split.
 
     A text that stands in both, word for word, stays in train only.
     """
     documents = stdlib_documents()
-    held_out = {name for name in documents if zlib.crc32(name.encode()) % 10 == 0}
+    held_out = set(filter(is_held_out, documents))
     train = dict.fromkeys(text for name in documents if name not in held_out for text in documents[name])
     test = dict.fromkeys(text for name in sorted(held_out) for text in documents[name] if text not in train)
     return "\n\n".join(train if split == "train" else test)

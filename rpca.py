@@ -5,7 +5,7 @@
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
 The method, on one screen. *Stage 1*: every block weight W [m, n], scaled so that the square of an entry is the loss
-it costs (R^(1/2) W D, common.py), is split by principal component pursuit,
+it costs (R^(1/2) W D, common/metric.py), is split by principal component pursuit,
 
     min |L|_* + lam |S|_1   with  L + S = W:     L = U diag(sigma) V low-rank,  S sparse.
 
@@ -26,12 +26,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# load and save stand here for whoever imports this module
-from common import (UserError, bar, block_layers, collect_metric, dense_like, input_device, load, mark_compressed, matrix,
-                    register, save, swap, swapped)
+from common import UserError, bar
+from common.folder import load, mark_compressed, register, save    # load and save stand here for whoever imports this module
+from common.layers import block_layers, input_device, matrix, swap, swapped
+from common.metric import collect_metric, threshold
+from common.processes import average, shared_out
+
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
-
 
 class RPCA(NamedTuple):
     U: torch.Tensor          # [..., m, k] orthonormal columns
@@ -45,44 +47,53 @@ def rpca(W, lam=None, penalty=None, tol=1e-6, max_iter=500):
     """Principal component pursuit, min |L|_* + lam |S|_1 with L + S = W, by ADMM (Candes et al. 2011, arXiv 0912.3599,
     algorithm 1; CAP, stage 1).
 
-    W [..., m, n]: float32 or float64, any device. lam: 1 / sqrt(max(m, n)). penalty: m n / (4 |W|_1), as there.
+    W [..., m, n]: float32 or float64, any device. lam: 1 / sqrt(max(m, n)). penalty mu: m n / (4 |W|_1), as there.
     Stops at a relative residual below tol or after max_iter iterations, which is where its residuals end.
     """
-    m, n = W.shape[-2:]
-    lam = lam or max(m, n) ** -0.5
+    lam = lam or max(W.shape[-2:]) ** -0.5
     mu = penalty or 1 / (4 * W.abs().mean((-2, -1), keepdim=True)).clamp_min(1e-20)
     norm = torch.linalg.matrix_norm(W).clamp_min(torch.finfo(W.dtype).tiny)
-    S, Y, residuals = torch.zeros_like(W), torch.zeros_like(W), []
+    S, Z, factors, residuals = torch.zeros_like(W), torch.zeros_like(W), None, []      # Z = Y / mu, Y the multiplier
     while not residuals or (residuals[-1] > tol and len(residuals) < max_iter):
-        U, sigma, V = singular_value_threshold(W - S + Y / mu, 1 / mu)
-        L = (U * sigma[..., None, :]) @ V
-        S = soft_threshold(W - L + Y / mu, lam / mu)
-        gap = W - L - S
-        Y = Y + mu * gap
-        residuals.append((torch.linalg.matrix_norm(gap) / norm).max().item())
+        U, sigma, V = factors = singular_value_threshold(W - S + Z, 1 / mu, factors)
+        T = W + Z - (U * sigma[..., None, :]) @ V
+        S = soft_threshold(T, lam / mu)
+        Z, before = T - S, Z                                          # Y + mu (W - L - S), divided by mu
+        residuals.append((torch.linalg.matrix_norm(Z - before) / norm).max().item())
     return RPCA(U, sigma, V, S, residuals)
 
 
 def soft_threshold(A, tau):
     """argmin over S of tau |S|_1 + |S - A|_F^2 / 2: entries shrunk towards zero by tau."""
-    return A.sign() * (A.abs() - tau).clamp_min(0)
+    return A - A.clamp(-tau, tau)
 
 
-def singular_value_threshold(A, tau):
+def singular_value_threshold(A, tau, nearby=None):
     """argmin over L of tau |L|_* + |L - A|_F^2 / 2, as U, sigma, V: singular values shrunk by tau, those at zero left out.
 
-    From the eigenvectors Q of the smaller Gram matrix: with A [m, n], m <= n, L = Q diag(shrunk / sigma) Q^T A.
+    From the eigenvectors Q of the smaller Gram matrix: with A [..., m, n], m <= n, L = Q diag(shrunk / sigma) Q^T A.
+    nearby: U, sigma, V of a matrix that is near L. If they are few, A is first projected on their span, widened
+    by ten random directions and two steps of subspace iteration; not if a singular value above tau could be missed.
     """
     if A.shape[-2] > A.shape[-1]:
-        U, sigma, V = singular_value_threshold(A.mT, tau)
+        U, sigma, V = singular_value_threshold(A.mT, tau, nearby and tuple(part.mT if part.ndim == A.ndim else part for part in nearby[::-1]))
         return V.mT, sigma, U.mT
-    squares, Q = torch.linalg.eigh(A @ A.mT)
+    B, basis = A, None
+    if nearby and 4 * (nearby[0].shape[-1] + 10) < A.shape[-2]:
+        basis = torch.randn(*A.shape[:-1], 10, generator=torch.Generator(A.device).manual_seed(0), dtype=A.dtype, device=A.device)
+        basis = torch.cat([nearby[0], basis], -1)
+        for _ in range(2):
+            basis = torch.linalg.qr(A @ (A.mT @ basis))[0]
+        B = basis.mT @ A
+    squares, Q = torch.linalg.eigh(B @ B.mT)                          # eigenvalues rise: the last k are wanted
     sigma = squares.clamp_min(0).sqrt()
-    shrunk = (sigma - tau.squeeze(-1) if torch.is_tensor(tau) else sigma - tau).clamp_min(0)
-    k = max(int((shrunk > 0).sum(-1).max()), 1)                       # eigenvalues rise: the last k
+    shrunk = (sigma - (tau.squeeze(-1) if torch.is_tensor(tau) else tau)).clamp_min(0)
+    if basis is not None and shrunk[..., 0].any():
+        return singular_value_threshold(A, tau)
+    k = max(int((shrunk > 0).sum(-1).max()), 1)
     U, sigma, shrunk = Q[..., -k:].flip(-1), sigma[..., -k:].flip(-1), shrunk[..., -k:].flip(-1)
-    V = U.mT @ A / sigma.clamp_min(torch.finfo(A.dtype).tiny)[..., None]
-    return U, shrunk, V
+    V = U.mT @ B / sigma.clamp_min(torch.finfo(A.dtype).tiny)[..., None]
+    return U if basis is None else basis @ U, shrunk, V
 
 
 # ---- stage 2: one probabilistic mask over the whole model ----------------------------------------
@@ -102,7 +113,7 @@ def project(p, cost, budget):
     low, high = 0.0, 1 + max(q.max().item() / c for q, c in zip(p, cost))
     if expected_cost(moved(low), cost) <= budget:
         return moved(low)
-    for _ in range(50):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if expected_cost(moved(middle), cost) > budget else (low, middle)
     return moved(high)
@@ -192,28 +203,6 @@ def alternate(Q, V, numbers, rounds=3):
     return U, V
 
 
-def threshold(worths, count):
-    """The number t such that at most `count` entries exceed it, and more would exceed any smaller one.
-
-    worths(): iterates over non-negative float32 tensors, made anew on both passes so that one is in memory at a time.
-    Such floats are ordered as their bit patterns are: a radix select, by the high 16 bits and then by the low.
-    """
-    bucket, above = None, 0
-    for shift in (16, 0):
-        histogram = 0
-        for worth in worths():
-            bits = worth.contiguous().view(torch.int32).flatten()
-            if shift == 0:
-                bits = bits[bits >> 16 == bucket]
-            histogram = histogram + torch.bincount(bits >> shift & 0xffff, minlength=1 << 16).cpu()
-        at_least = histogram.flip(0).cumsum(0).flip(0) + above        # entries in this bucket or a higher one
-        last = int((at_least > count).nonzero().max()) if (at_least > count).any() else None
-        if last is None:
-            return -1.0
-        bucket, above = (last if shift else bucket << 16 | last), above + int(histogram[last + 1:].sum())
-    return torch.tensor([bucket], dtype=torch.int32).view(torch.float32).item()
-
-
 # ---- the layer ------------------------------------------------------------------------------------
 
 class LowRankPlusSparse(nn.Module):
@@ -282,50 +271,58 @@ def unpack_bits(packed, shape):
 # ---- compressing a model ------------------------------------------------------------------------
 
 ESTIMATORS = ("metric", "policy")
+SCOPES = ("model", "matrix", "row")
+RANK_SHARE = 0.02         # of each matrix's numbers, for L; more is worse on SmolLM2 (README)
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 
 
 class Draft(nn.Module):
-    """A matrix while its structure is chosen: W [m, n] = L + S, L = U V of rank k, S on a mask, in the units of W.
+    """A matrix while its structure is chosen: W [m, n] = L + S, L = U V of rank k, S zero where it is dropped, in the units of W.
 
-    rows [m], columns [n]: R^(1/2) and D of the metric; an entry of R^(1/2) S D, squared, is its worth.
+    rows [m], columns [n]: R^(1/2) and D of the metric; an entry of R^(1/2) S D, squared, is its worth. All work on
+    the matrix is done on `device`; S stays where the layer is, in its dtype.
     """
 
-    def __init__(self, layer, metric, scale=True):
+    def __init__(self, layer, metric, scale=True, device=None):
         super().__init__()
-        self.layer, self.G = layer, metric.G
+        self.layer, self.G, self.device = layer, metric.G, device or layer.weight.device
         self.rows, self.columns = ((A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A)
-                                   for A in (metric.R, metric.G.diagonal()))
+                                   for A in (metric.R.to(self.device), metric.G.diagonal().to(self.device)))
         self.m, self.n = matrix(layer).shape
         self.set_low_rank(self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n))
-        self.mask = torch.ones(self.m, self.n, dtype=torch.bool, device=self.rows.device)
+
+    def weight(self):
+        return matrix(self.layer).to(self.device).float()
 
     def scaled(self):
-        return self.rows[:, None] * matrix(self.layer).float() * self.columns
+        return self.rows[:, None] * self.weight() * self.columns
 
     def set_low_rank(self, U, V):
         """L from factors [m, k], [k, n] in scaled units; S is what L leaves of W."""
-        self.U, self.V = U / self.rows[:, None], V / self.columns
-        self.S = self.target().to(self.layer.weight.dtype)
+        self.U, self.V = U.to(self.rows) / self.rows[:, None], V.to(self.rows) / self.columns
+        self.set_sparse(self.target())
+
+    def set_sparse(self, S):
+        self.S = S.to(self.layer.weight)
 
     def target(self):
         """W - L [m, n], what S is to stand for."""
-        return matrix(self.layer).float() - self.U @ self.V
+        return self.weight() - self.U @ self.V
 
     def worth(self):
         """Predicted loss of dropping each entry of S [m, n] float32."""
-        return (self.rows[:, None] * self.S.float() * self.columns).square() * self.mask
+        return (self.rows[:, None] * self.S.to(self.rows) * self.columns).square()
 
-    def refit(self, iterations=12):
-        self.S = refit(self.target(), self.S.float(), self.mask, self.G, iterations).to(self.S.dtype)
+    def refitted(self):
+        S = self.S.to(self.rows)
+        return refit(self.target(), S, S != 0, self.G.to(self.device)).to(self.S.dtype),
 
     def forward(self, x):
-        W = (self.U @ self.V + self.S.float() * self.mask).to(x.dtype)
-        return F.linear(x, W, self.layer.bias)
+        return F.linear(x, (self.U @ self.V + self.S.to(self.rows)).to(x), self.layer.bias)
 
     def finish(self):
         half = (self.U.norm(dim=0) / self.V.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-15)
-        return LowRankPlusSparse.of(self.U / half, half[:, None] * self.V, self.S * self.mask, self.layer.bias, self.layer.weight)
+        return LowRankPlusSparse.of(self.U / half, half[:, None] * self.V, self.S, self.layer.bias, self.layer.weight)
 
 
 def compress(model, batches, ratio=0.5, metrics=None, progress=False, **settings):
@@ -344,51 +341,58 @@ def compress(model, batches, ratio=0.5, metrics=None, progress=False, **settings
     return model
 
 
-def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric", rank_share=0.04, rounds=5, scale=True,
-                      uniform=False, refitted=True, seed=0, progress=False):
+def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric", rank_share=RANK_SHARE, rounds=5, scale=True,
+                      scope="model", refitted=True, seed=0, device=None, progress=False):
     """{layer: LowRankPlusSparse} for `layers` {name: layer} of a model, which is left as it was.
 
     estimator: "metric" or "policy" (the paper's). rank_share: of each matrix's numbers, for its L. rounds: of pruning and
-    refitting. uniform: the same share of every matrix, for comparison. Raises UserError for an impossible ratio.
+    refitting. scope: of the mask's threshold, "model", or for comparison "matrix" or "row", the same share of each.
+    device: where matrices are worked on, one at a time (default: where each lies). Raises UserError for an impossible ratio.
     """
     if not 0 < ratio < 1:
         raise UserError(f"ratio {ratio} is not between 0 and 1")
-    drafts = [Draft(layer, metrics[name], scale) for name, layer in layers.items()]
+    drafts = [Draft(layer, metrics[name], scale, device) for name, layer in layers.items()]
     budget = int((1 - ratio) * sum(draft.m * draft.n for draft in drafts))
     if estimator == "policy":
         choose_by_policy(model, drafts, batches, budget, seed, progress)
         if refitted:
-            for draft in drafts:
-                draft.refit()
+            refit_all(drafts)
     else:
-        set_ranks(drafts, budget, rank_share, uniform, progress)
-        choose_by_metric(drafts, budget, rounds, uniform, refitted, progress)
+        set_ranks(drafts, ratio, rank_share, progress)
+        choose_by_metric(drafts, budget, rounds, scope, refitted, progress)
     return {draft.layer: draft.finish() for draft in drafts}
 
 
-def set_ranks(drafts, budget, rank_share, uniform, progress):
-    """Stage 1 for every matrix: its L from robust PCA, at the rank that `rank_share` of its own numbers pays for."""
-    mask_largest(drafts, budget, uniform)
-    for draft in bar(drafts, progress, desc="robust PCA", unit="matrix"):
-        numbers = draft.mask.sum().item()
+def set_ranks(drafts, ratio, rank_share, progress):
+    """Stage 1 for every matrix: its L from robust PCA, at the rank that `rank_share` of its numbers pays for."""
+    def split(draft):
+        Q, numbers = draft.scaled(), int((1 - ratio) * draft.m * draft.n)
         k = int(rank_share * numbers / (draft.m + draft.n))
-        if k:
-            Q = draft.scaled()
-            draft.set_low_rank(*alternate(Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:k], numbers))
-        draft.mask.fill_(True)
+        return alternate(Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:k], numbers) if k else (Q[:, :0], Q[:0])
+
+    for draft, factors in zip(drafts, bar(shared_out(split, drafts), progress, total=len(drafts), desc="robust PCA", unit="matrix")):
+        draft.set_low_rank(*factors)
 
 
-def mask_largest(drafts, count, uniform=False):
-    """Put the masks on the `count` worthiest entries of all matrices, or on the same share of each."""
-    numbers = sum(draft.m * draft.n for draft in drafts)
-    for group in [[draft] for draft in drafts] if uniform else [drafts]:
-        share = sum(draft.m * draft.n for draft in group) / numbers
-        cut = threshold(lambda: (draft.worth() for draft in group), int(count * share))
-        for draft in group:
-            draft.mask = draft.worth() > cut
+def keep_worthiest(drafts, count, scope):
+    """Set S to zero but for its `count` worthiest entries in the whole model, or the same share of each matrix or row."""
+    share = count / sum(draft.m * draft.n for draft in drafts)
+    cut = threshold(lambda: (draft.worth() for draft in drafts), count) if scope == "model" else None
+    for draft in drafts:
+        worth = draft.worth()
+        if scope == "row":
+            cut = worth.kthvalue(max(draft.n - int(share * draft.n), 1), dim=1, keepdim=True).values
+        elif scope == "matrix":
+            cut = threshold(lambda: [worth], int(share * draft.m * draft.n))
+        draft.set_sparse(draft.S.to(worth) * (worth > cut))
 
 
-def choose_by_metric(drafts, budget, rounds, uniform, refitted, progress):
+def refit_all(drafts):
+    for draft, refitted in zip(drafts, shared_out(Draft.refitted, drafts)):
+        draft.set_sparse(*refitted)
+
+
+def choose_by_metric(drafts, budget, rounds, scope, refitted, progress):
     """Stage 2 by the metric: drop the entries of least predicted loss in the whole model, refit, and again.
 
     The expected loss of independent Bernoulli masks grows by worth (1 - p) for every entry, so its gradient drives p to 1
@@ -398,10 +402,9 @@ def choose_by_metric(drafts, budget, rounds, uniform, refitted, progress):
     entries = budget - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
     numbers = sum(draft.m * draft.n for draft in drafts)
     for done in bar(range(1, rounds + 1), progress, desc="choose and refit", unit="round"):
-        mask_largest(drafts, numbers - (numbers - entries) * done // rounds, uniform)
-        for draft in drafts:
-            if refitted:
-                draft.refit()
+        keep_worthiest(drafts, numbers - (numbers - entries) * done // rounds, scope)
+        if refitted:
+            refit_all(drafts)
 
 
 def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
@@ -409,7 +412,8 @@ def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
 
     The probabilities start at worth / (worth + cost * mean worth), projected on the budget: what the metric would say.
     """
-    splits = [rpca(draft.scaled(), max_iter=RPCA_ITERATIONS) for draft in bar(drafts, progress, desc="robust PCA", unit="matrix")]
+    splits = [RPCA(*split, None) for split in bar(shared_out(lambda draft: rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4], drafts),
+                                                  progress, total=len(drafts), desc="robust PCA", unit="matrix")]
     worths = [worth for split in splits for worth in (split.sigma.square(), split.S.square())]
     cost = [each for draft in drafts for each in (draft.m + draft.n, 1)]
 
@@ -417,15 +421,16 @@ def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
         for draft, split, directions, entries in zip(drafts, splits, masks[::2], masks[1::2]):
             kept = directions.bool()
             draft.set_low_rank(split.U[:, kept] * split.sigma[kept], split.V[kept])
-            draft.S = (split.S / draft.rows[:, None] / draft.columns).to(draft.S.dtype)
-            draft.mask = entries.bool() & (split.S != 0)
+            draft.set_sparse((split.S * entries).to(draft.rows) / draft.rows[:, None] / draft.columns)
 
     def loss_of(masks, step):
         set_masks(masks)
         ids = batches[step % len(batches)].to(input_device(model))
         with torch.no_grad(), swapped(model, {draft.layer: draft for draft in drafts}):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).item()
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        average([loss])
+        return loss.item()
 
     mean = sum(worth.sum() for worth in worths) / sum(worth.numel() for worth in worths)
     p = project([worth / (worth + c * mean) for worth, c in zip(worths, cost)], cost, budget)
@@ -434,19 +439,7 @@ def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
     set_masks(keep_most_probable([q * (worth > 0) for q, worth in zip(p, worths)], cost, budget))
 
 
-# ---- baselines, load, command ---------------------------------------------------------------------
-
-def magnitude(W, D, ratio):
-    """The largest entries of a matrix W [m, n], (1 - ratio) of them."""
-    count = int((1 - ratio) * W.numel())
-    return torch.zeros_like(W).flatten().scatter(0, (top := W.abs().flatten().topk(count).indices), W.flatten()[top]).view_as(W)
-
-
-def wanda(W, D, ratio):
-    """Wanda (Sun et al. 2024, arXiv 2306.11695): in every row, the largest |W| D; D [n] is the inputs' root mean square."""
-    top = (W.abs() * D).topk(int((1 - ratio) * W.shape[1]), dim=1).indices
-    return torch.zeros_like(W).scatter(1, top, W.gather(1, top))
-
+# ---- load, command -------------------------------------------------------------------------------
 
 def build_empty(layer, k, nonzeros, bias):
     """A layer of the shape that `Draft.finish` gave it, its weights still to be loaded."""
@@ -460,29 +453,22 @@ register("cap", build_empty)
 def main():
     parser = run_parser(__doc__, metric_batches=32)
     parser.add("--estimator", "of the mask: metric, or the paper's policy gradient", choices=ESTIMATORS, default="metric")
-    parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(0, 1, or_low=True), default=0.04)
+    parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(0, 1, or_low=True), default=RANK_SHARE)
     parser.add("--rounds", "of pruning and refitting", type=whole(1), default=5)
     parser.add("--no-scale", "split and choose in the units of W, without the metric", action="store_true")
     parser.add("--no-refit", "keep the values that stage 1 gave", action="store_true")
-    parser.add("--uniform", "the same share of every matrix", action="store_true")
+    parser.add("--scope", "of the mask's threshold: one for the model, or the same share of each matrix or row", choices=SCOPES, default="model")
     args = parser.parse_args()
     job = Job(args, "cap")
     model, layers = job.model, job.layers
     job.score("dense", "dense")
-    with job.clock("metric"):
-        metrics = collect_metric(model, layers, job.batches(args.metric_batches), progress=True)
+    metrics = job.metrics()
     for key, label, prune in [("magnitude", "magnitude", magnitude), ("wanda", "Wanda, row-wise", wanda)]:
-        with job.clock("baselines"):
-            pruned = {layer: prune(matrix(layer).float(), metrics[name].G.diagonal().sqrt(), args.ratio) for name, layer in layers.items()}
-            kept = sum(W.count_nonzero().item() for W in pruned.values())
-            pruned = {layer: dense_like(layer, W, layer.bias) for layer, W in pruned.items()}
-        with swapped(model, pruned):
-            job.score(key, label, kept)
-        del pruned
+        job.baseline(key, label, lambda: prune_all(prune, layers, metrics, args.ratio))
     with job.clock("compress"):
         compress(model, job.batches(args.metric_batches), args.ratio, metrics, progress=True, estimator=args.estimator,
-                 rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, uniform=args.uniform,
-                 refitted=not args.no_refit, seed=args.seed)
+                 rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, scope=args.scope,
+                 refitted=not args.no_refit, seed=args.seed, device=job.device)
     job.score("compressed", "CAP")
     specs = model.config.quantization_config["layers"]
     job.finish([{"name": name, "shape": tuple(matrix(layer).shape), "rank": specs[name]["k"], "nonzeros": specs[name]["nonzeros"]}
@@ -490,5 +476,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from cli import Job, between, run, run_parser, whole
+    from bench.baselines import magnitude, prune_all, wanda
+    from common.cli import Job, between, run, run_parser, whole
     run(main)

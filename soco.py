@@ -4,7 +4,7 @@
     python soco.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
 The method, on one screen. Every block weight W [m, n] becomes W' = U diag(S * sigma) V + d, where U diag(sigma) V is
-its singular value decomposition in the metric of common.py, S (the *scores*; S is the sparse part in rpca.py) starts
+its singular value decomposition in the metric of common/metric.py, S (the *scores*; S is the sparse part in rpca.py) starts
 at 1, and the *deviation* d, an offset of the outputs, at 0. Only S and d are trained, to keep KL(dense || compressed)
 small, and the components that are kept are chosen again and again by what the *learned* spectrum says they are worth,
 
@@ -22,9 +22,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# load and save stand here for whoever imports this module
-from common import (UserError, bar, block_layers, collect_metric, dense_like, frozen, input_device, load, mark_compressed,
-                    matrix, register, save, swap, swapped)
+from common import UserError, bar
+from common.folder import load, mark_compressed, register, save    # load and save stand here for whoever imports this module
+from common.layers import block_layers, dense_like, frozen, input_device, matrix, swap, swapped
+from common.metric import collect_metric
+from common.processes import shared_out
 
 
 # ---- the mathematics ----------------------------------------------------------------------------
@@ -33,7 +35,7 @@ def factor(W, G=None, R=None, damping=1e-4):
     """Singular value decomposition in a metric: U [m, r], sigma [r] (falling), V [r, n] with W = U diag(sigma) V.
 
     G [n, n]: Gram matrix of the inputs = L L^T, R [m]: mean squared gradient of each output; None is the identity.
-    It is the SVD of R^(1/2) W L (common.py), taken back to W: dropping component i costs sigma_i^2.
+    It is the SVD of R^(1/2) W L (common/metric.py), taken back to W: dropping component i costs sigma_i^2.
     In float64, by an eigendecomposition of the smaller Gram matrix of R^(1/2) W L.
     """
     A = W.double()
@@ -140,7 +142,7 @@ class ScoredLinear(nn.Module):
         self.m, self.n = matrix(layer).shape
         half = sigma.sqrt()                                           # sigma is split between the two factors
         self.U, self.V = (U * half).to(layer.weight), (half[:, None] * V).to(layer.weight)
-        self.sigma = sigma.float()
+        self.sigma = sigma.to(layer.weight.device).float()
         self.S = nn.Parameter(torch.ones_like(self.sigma))
         self.d = nn.Parameter(torch.zeros(self.m, device=self.sigma.device))
         self.alive = torch.arange(len(sigma), device=self.sigma.device)   # components not dropped for good
@@ -210,16 +212,23 @@ SWING = 0.02     # stage 2: how far the kept share goes over and under the targe
 POOL = 1.3       # components that a budget this much larger would not keep are dropped for good in stages 1 and 2
 
 
-def decompose(layer, metric, basis):
+def decompose(layer, metric, basis, device=None):
     """`factor` of a layer's weight in a basis: plain (no metric), whitened (inputs only) or two-sided."""
-    return factor(matrix(layer), None if basis == "plain" else metric.G, metric.R if basis == "two-sided" else None)
+    W, G, R = (part.to(device or layer.weight.device) for part in (matrix(layer), metric.G, metric.R))
+    return factor(W, None if basis == "plain" else G, R if basis == "two-sided" else None)
 
 
-def truncate(layers, metrics, basis, ratio, progress=False):
+def decompose_all(layers, metrics, basis, device=None, progress=False):
+    """(name, layer, U, sigma, V) of `layers` {name: layer}, one after the other."""
+    factors = shared_out(lambda name: decompose(layers[name], metrics[name], basis, device), list(layers))
+    for (name, layer), part in zip(layers.items(), bar(factors, progress, total=len(layers), desc="decompose", unit="matrix")):
+        yield name, layer, *part
+
+
+def truncate(layers, metrics, basis, ratio, device=None, progress=False):
     """{layer: LowRankLinear} by truncated SVD at the same share of every matrix: the baseline without any choice."""
     new = {}
-    for name, layer in bar(layers.items(), progress, desc="decompose", unit="matrix"):
-        U, sigma, V = decompose(layer, metrics[name], basis)
+    for name, layer, U, sigma, V in decompose_all(layers, metrics, basis, device, progress):
         k = max(int((1 - ratio) * len(U) * V.shape[1] / (len(U) + V.shape[1])), 1)
         half = sigma[:k].sqrt()
         new[layer] = LowRankLinear.of(U[:, :k] * half, half[:, None] * V[:k], layer.bias, like=layer.weight)
@@ -244,15 +253,16 @@ def compress(model, batches, ratio=0.5, steps=200, metrics=None, progress=False,
 
 
 def compressed_layers(model, layers, metrics, batches, ratio, steps, lr=LR, basis="two-sided", deviation=True,
-                      stages=(0.5, 0.1, 0.4), progress=False):
+                      stages=(0.5, 0.1, 0.4), device=None, progress=False):
     """{layer: its replacement} for `layers` {name: layer} of a model, which is left as it was.
 
     stages: the parts of the run that descend, swing and polarise. steps=0 chooses without learning.
+    device: where matrices are decomposed, one at a time (default: where each lies).
     Raises UserError for a ratio that leaves too little, FloatingPointError when the loss is not finite.
     """
     deviation = deviation and steps > 0
     budget = budget_for(layers, ratio, deviation)
-    scored = scored_layers(layers, metrics, basis, progress)
+    scored = scored_layers(layers, metrics, basis, device, progress)
     students = list(scored.values())
     keep_best(students, budget)
     if steps:
@@ -274,13 +284,13 @@ def budget_for(layers, ratio, deviation):
     return budget
 
 
-def scored_layers(layers, metrics, basis, progress=False):
+def scored_layers(layers, metrics, basis, device=None, progress=False):
     """{layer: ScoredLinear}, all components kept and all scores 1, for `layers` {name: layer}."""
     scored = {}
-    for name, layer in bar(layers.items(), progress, desc="decompose", unit="matrix"):
+    for name, layer, U, sigma, V in decompose_all(layers, metrics, basis, device, progress):
         W = matrix(layer).float()
-        output_rms = ((W @ metrics[name].G) * W).sum(1).mean().sqrt().item()
-        scored[layer] = ScoredLinear(layer, *decompose(layer, metrics[name], basis), offset_scale=output_rms)
+        output_rms = ((W @ metrics[name].G.to(W)) * W).sum(1).mean().sqrt().item()
+        scored[layer] = ScoredLinear(layer, U, sigma, V, offset_scale=output_rms)
     return scored
 
 
@@ -311,7 +321,7 @@ def learn(model, layers, batches, budget, steps, lr, deviation, stages, progress
     optimizer = torch.optim.Adam([{"params": scores, "lr": lr}, {"params": deviations, "lr": lr / 2}], betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(                     # the rates fall to zero over stage 3
         optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / steps) / max(stages[2], 1e-9)))
-    with frozen(model):
+    with frozen(model, checkpointing=True):
         for p in scores + deviations:
             p.requires_grad_(True)
         steps_bar = bar(range(steps), progress, desc="learn", unit="step")
@@ -363,50 +373,34 @@ def build_empty(layer, k, bias):
 register("soco", build_empty)
 
 
-def allocation(specs, shapes):
-    """Lines of text: the kept share of each matrix, block by block, in tenths; D is dense."""
-    rows = {}
-    for name, spec in specs.items():
-        m, n = shapes[name]
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        share = "D" if spec["k"] is None else str(int(10 * spec["k"] * (m + n) / (m * n)))
-        rows[kind] = rows.get(kind, "") + share
-    return "\n".join(f"  {kind:34} {row}" for kind, row in rows.items())
-
-
 def main():
     parser = run_parser(__doc__)
     parser.add("--basis", "of the decomposition", choices=BASES, default="two-sided")
     parser.add("--steps", "of learning, over all three stages", type=whole(0), default=200)
     parser.add("--lr", "Adam's learning rate for the scores", type=between(0, 10), default=LR)
     parser.add("--no-deviation", "do not learn the output offsets d", action="store_true")
+    parser.add("--gradient-checkpointing", "recompute activations in the learning step: less memory, more time", action="store_true")
     args = parser.parse_args()
     job = Job(args, "soco")
-    model, layers = job.model, job.layers
+    model, layers, device = job.model, job.layers, job.device
     budget_for(layers, args.ratio, not args.no_deviation)            # refuses an impossible ratio before any work
     shapes = {name: tuple(matrix(layer).shape) for name, layer in layers.items()}
     job.score("dense", "dense")
-    with job.clock("metric"):
-        metrics = collect_metric(model, layers, job.batches(args.metric_batches), progress=True)
+    metrics = job.metrics()
     for key, label, basis in [("svd", "plain SVD, same share", "plain"), ("svd_whitened", "whitened SVD, same share", "whitened")]:
-        with job.clock("baselines"):
-            baseline = truncate(layers, metrics, basis, args.ratio, progress=True)
-        with swapped(model, baseline):
-            job.score(key, label)
-    with job.clock("baselines"):
-        unlearned = compressed_layers(model, layers, metrics, [], args.ratio, steps=0, basis=args.basis, progress=True)
-    with swapped(model, unlearned):
-        job.score("svd_global", f"{args.basis} SVD, global choice")
-    del unlearned
+        job.baseline(key, label, lambda: truncate(layers, metrics, basis, args.ratio, device, progress=True))
+    job.baseline("svd_global", f"{args.basis} SVD, global choice", lambda: compressed_layers(
+        model, layers, metrics, [], args.ratio, steps=0, basis=args.basis, device=device, progress=True))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     with job.clock("learn"):
         compress(model, job.batches(max(args.steps, 1)), args.ratio, args.steps, metrics, progress=True,
-                 lr=args.lr, basis=args.basis, deviation=not args.no_deviation)
+                 lr=args.lr, basis=args.basis, deviation=not args.no_deviation, device=device)
     job.score("compressed", f"SoCo, {args.steps} steps")
     specs = model.config.quantization_config["layers"]
-    print("kept share of each matrix, block by block, in tenths (D: dense)\n" + allocation(specs, shapes))
     job.finish([{"name": name, "shape": shapes[name], "rank": spec["k"] or "dense"} for name, spec in specs.items()])
 
 
 if __name__ == "__main__":
-    from cli import Job, between, run, run_parser, whole
+    from common.cli import Job, between, run, run_parser, whole
     run(main)

@@ -1,4 +1,4 @@
-"""Tests of soco.py, rpca.py, eval_ppl.py, common.py and cli.py: `pytest -q`, without a network and with or without a GPU.
+"""Tests of soco.py, rpca.py, eval_ppl.py and common/: `pytest -q`, without a network and with or without a GPU.
 
 Every expected value is computed here a second way, by a slower or plainer formula; none was recorded from a run.
 """
@@ -33,11 +33,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-import cli
 import eval_ppl
 import rpca
 from bench import baselines
-from common import UserError, block_layers, collect_metric, dense_like, matrix, sample_blocks, swap, swapped
+from common import UserError, cli, metric
+from common.cli import sample_blocks
+from common.layers import block_layers, dense_like, matrix, swap, swapped
+from common.metric import collect_metric
 from eval_ppl import encode, perplexity
 from soco import (BASES, KLDivergence, LowRankLinear, ScoredLinear, choose, compress, compressed_layers, factor, load, save,
                   stored_numbers, truncate)
@@ -1555,7 +1557,7 @@ def test_threshold_is_what_sorting_finds(values, device):
     values = [value.float().to(device) for value in values]
     falling = torch.cat([value.flatten() for value in values]).sort(descending=True)[0].tolist()
     for count in range(len(falling) + 3):
-        cut = rpca.threshold(lambda: iter(values), count)
+        cut = metric.threshold(lambda: iter(values), count)
         kept = sum((value > cut).sum().item() for value in values)
         if count >= len(falling):
             assert kept == len(falling)
@@ -1566,7 +1568,7 @@ def test_threshold_is_what_sorting_finds(values, device):
 
 def test_threshold_takes_a_transposed_tensor():
     value = random(6, 9).square().float()
-    assert rpca.threshold(lambda: [value.T], 20) == rpca.threshold(lambda: [value], 20)
+    assert metric.threshold(lambda: [value.T], 20) == metric.threshold(lambda: [value], 20)
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -1740,7 +1742,7 @@ def cap(make=tiny_gpt2, ratio=0.5, batches=None, seed=0, **settings):
     return rpca.compress(model, batches or [tokens(2, 16), tokens(2, 16, seed=1)], ratio, **settings)
 
 
-SETTINGS = [{}, {"rank_share": 0.3}, {"rank_share": 0, "rounds": 1}, {"rank_share": 0.3, "uniform": True, "refitted": False},
+SETTINGS = [{}, {"rank_share": 0.3}, {"rank_share": 0, "rounds": 1}, {"rank_share": 0.3, "scope": "matrix", "refitted": False},
             {"scale": False, "rounds": 2}]
 
 
@@ -1755,12 +1757,12 @@ def test_cap_meets_the_budget_exactly(make, ratio, settings):
     budget = (1 - ratio) * sum(matrix(layer).numel() for layer in dense.values())
     assert all(isinstance(layer, rpca.LowRankPlusSparse) for layer in new)
     assert stored <= budget
-    assert budget - stored < (len(new) + 1 if settings.get("uniform") else 1)       # rounded down, matrix by matrix or once
+    assert budget - stored < (len(new) + 1 if settings.get("scope") else 1)       # rounded down, matrix by matrix or once
     for layer in new:
         m, n = layer.shape
         k = len(layer.down.weight) if layer.up else 0
-        assert settings.get("rank_share", 0.04) > 0 or k == 0
-        if settings.get("uniform"):
+        assert settings.get("rank_share", rpca.RANK_SHARE) > 0 or k == 0
+        if settings.get("scope"):
             assert k == int(settings["rank_share"] * int((1 - ratio) * m * n) / (m + n))
     assert ratio > 0.5 or settings.get("rank_share", 0) == 0 or any(layer.up for layer in new)
 
@@ -1786,7 +1788,7 @@ def test_a_cap_model_is_the_dense_model_with_its_weights(make, estimator):
     torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"uniform": True}, {"scale": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"scope": "matrix"}, {"scale": False}], ids=str)
 @pytest.mark.parametrize("make", MODELS)
 def test_one_round_without_refitting_keeps_the_weights_of_most_predicted_loss(make, settings):
     model, batches = make(), [tokens(4, 32)]
@@ -1798,7 +1800,7 @@ def test_one_round_without_refitting_keeps_the_weights_of_most_predicted_loss(ma
         W, kept = matrix(layer), dense_weight(new[layer]) != 0
         assert torch.equal(dense_weight(new[layer]), W * kept)
         worth = metrics[name].R[:, None] * W.square() * metrics[name].G.diagonal() if settings.get("scale", True) else W.square()
-        groups.setdefault(name if settings.get("uniform") else "all", []).append((worth[kept], worth[~kept]))
+        groups.setdefault(name if settings.get("scope") else "all", []).append((worth[kept], worth[~kept]))
     for group in groups.values():
         kept, dropped = (torch.cat(parts) for parts in zip(*group))
         assert abs(len(kept) - len(dropped)) <= 1
@@ -1848,7 +1850,7 @@ def test_low_rank_plus_sparse_weights_are_found_in_a_model():
     for i, layer in enumerate(layers.values()):
         matrix(layer).copy_(0.05 * sum(planted(*matrix(layer).shape, seed=10 * i)))
     metrics = collect_metric(model, layers, batches)
-    with_low_rank, without = (cap(lambda: copy.deepcopy(model), 0.75, batches, metrics=metrics, uniform=True, rank_share=share)
+    with_low_rank, without = (cap(lambda: copy.deepcopy(model), 0.75, batches, metrics=metrics, scope="matrix", rank_share=share)
                               for share in (0.5, 0))
     assert predicted_loss(model, metrics, with_low_rank) < 0.02 * predicted_loss(model, metrics, without)
 
@@ -1856,7 +1858,7 @@ def test_low_rank_plus_sparse_weights_are_found_in_a_model():
 def test_the_global_mask_predicts_less_loss_than_a_uniform_one():
     model, batches = tiny_gpt2(), [tokens(8, 32)]
     metrics = collect_metric(model, block_layers(model), batches)
-    everywhere, uniform = (cap(batches=batches, metrics=metrics, uniform=uniform) for uniform in (False, True))
+    everywhere, uniform = (cap(batches=batches, metrics=metrics, scope=scope) for scope in ("model", "matrix"))
     assert predicted_loss(model, metrics, everywhere) < predicted_loss(model, metrics, uniform)
 
 
@@ -1865,10 +1867,8 @@ def test_cap_lowers_the_divergence_of_magnitude_and_wanda(demo):
     layers = block_layers(dense)
     metrics = collect_metric(dense, layers, batches[:4])
     target, found = [logits(dense, ids) for ids in batches[4:]], {}
-    for prune in (rpca.magnitude, rpca.wanda):
-        pruned = {layer: dense_like(layer, prune(matrix(layer), metrics[name].G.diagonal().sqrt(), 0.5), layer.bias)
-                  for name, layer in layers.items()}
-        with swapped(dense, pruned):
+    for prune in (baselines.magnitude, baselines.wanda):
+        with swapped(dense, baselines.prune_all(prune, layers, metrics, 0.5)):
             found[prune] = divergence(target, dense, batches[4:])
     ours = divergence(target, rpca.compress(copy.deepcopy(dense), batches[:4], 0.5, metrics), batches[4:])
     assert ours < 0.6 * min(found.values())
@@ -1907,7 +1907,7 @@ def test_choosing_leaves_the_dense_model_alone(estimator):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"rank_share": 0.3, "uniform": True}, {"scale": False}, {"estimator": "policy"}], ids=str)
+    {}, {"rank_share": 0.3, "scope": "matrix"}, {"scale": False}, {"estimator": "policy"}], ids=str)
 @pytest.mark.parametrize("dead", ["inputs", "outputs"])
 def test_cap_bears_a_layer_that_does_nothing(dead, settings):
     model = tiny_gpt2()
@@ -1932,7 +1932,7 @@ def test_an_impossible_ratio_of_cap_is_named(ratio):
 
 @pytest.mark.parametrize("make", MODELS)
 def test_a_uniform_mask_takes_the_same_share_of_every_matrix(make):
-    model = cap(make, uniform=True, rank_share=0)
+    model = cap(make, scope="matrix", rank_share=0)
     for name, layer in block_layers(make()).items():
         new = model.get_submodule(name)
         stored = sum(p.numel() for p in new.parameters()) - (0 if layer.bias is None else layer.bias.numel())
@@ -2000,8 +2000,8 @@ def test_magnitude_and_wanda_keep_the_largest(m, n, ratio):
     W, D = random(m, n), random(n, seed=1).abs()
     falling = W.abs().flatten().sort(descending=True)[0]
     count = int((1 - ratio) * m * n)
-    assert torch.equal(rpca.magnitude(W, D, ratio), W * (W.abs() > (falling[count] if count < m * n else -1)))
-    pruned = rpca.wanda(W, D, ratio)
+    assert torch.equal(baselines.magnitude(W, None, ratio), W * (W.abs() > (falling[count] if count < m * n else -1)))
+    pruned = baselines.wanda(W, (D ** 2).diag(), ratio)
     for row, kept in zip(W.tolist(), pruned.tolist()):
         best = sorted(range(n), key=lambda i: -abs(row[i]) * D[i].item())[:int((1 - ratio) * n)]
         assert kept == [w if i in best else 0 for i, w in enumerate(row)]
@@ -2032,13 +2032,13 @@ def test_oats_keeps_its_budget(m, n, ratio, rank_share, monkeypatch):
     W, D, sparse = sum(planted(m, n)).float(), random(n, seed=1).abs().float() + 0.1, []
     top_per_row = baselines.top_per_row
     monkeypatch.setattr(baselines, "top_per_row", lambda A, k: sparse.append(top_per_row(A, k)) or sparse[-1])
-    pruned = baselines.oats(W, D, ratio, rank_share, rounds=20)
+    pruned = baselines.oats(W, (D ** 2).diag(), ratio, rank_share, rounds=20)
     rank = torch.linalg.matrix_rank(pruned * D - sparse[-1], atol=1e-4).item()
     numbers = rank * (m + n) + sparse[-1].count_nonzero().item()
     assert numbers <= (1 - ratio) * m * n < numbers + m + n + m
     assert len(sparse[-1].count_nonzero(1).unique()) == 1
     if rank:
-        assert ((pruned - W) * D).norm() < ((rpca.wanda(W, D, 1 - numbers / (m * n)) - W) * D).norm()
+        assert ((pruned - W) * D).norm() < ((baselines.wanda(W, (D ** 2).diag(), 1 - numbers / (m * n)) - W) * D).norm()
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -2069,7 +2069,7 @@ def test_cap_demo_metrics_tell_the_whole_run(cap_demo):
     report, folder, out = cap_demo
     asked = {"method", "model", "ratio", "seed", "compressible_params", "kept_params", "dense_bytes", "file_bytes", "seconds",
              "peak_memory_bytes", "ppl", "eval", "layers", "calib", "seqlen", "batch_size", "metric_batches", "estimator",
-             "rank_share", "rounds", "no_scale", "no_refit", "uniform"}
+             "rank_share", "rounds", "no_scale", "no_refit", "scope"}
     assert asked <= report.keys() and report["method"] == "cap" and report["estimator"] == "metric"
     assert report["ppl"].keys() == {"dense", "magnitude", "wanda", "compressed"} == report["gap"].keys()
     assert report["eval"]["data"] == report["calib"] == "stdlib"
@@ -2114,7 +2114,7 @@ def test_cap_demo_folder_scores_the_same_in_a_new_process(cap_demo, demo_text, t
 
 def test_every_flag_of_cap_reaches_the_method(command, tmp_path):
     seen = {}
-    for flag in ["", "--seed 1", "--rank-share 0.3", "--rounds 1", "--no-scale", "--no-refit", "--uniform", "--estimator policy",
+    for flag in ["", "--seed 1", "--rank-share 0.3", "--rounds 1", "--no-scale", "--no-refit", "--scope matrix", "--scope row", "--estimator policy",
                  "--ratio 0.4"]:
         code, out, err = command("rpca.py", f"{RPCA_LINE} {flag} --out folder --overwrite")
         assert (code, err) == (0, "")
@@ -2134,7 +2134,7 @@ def test_a_cap_run_can_be_repeated(command, tmp_path):
 def test_help_of_cap_shows_every_flag(command):
     code, out, _ = command("rpca.py", "--help")
     flags = "model device dtype ratio calib eval same-text seqlen batch-size metric-batches eval-seqlen eval-stride " \
-            "eval-blocks seed out overwrite estimator rank-share rounds no-scale no-refit uniform"
+            "eval-blocks seed out overwrite estimator rank-share rounds no-scale no-refit scope"
     assert code == 0 and all(f"--{flag} " in out or f"--{flag}\n" in out for flag in flags.split())
 
 

@@ -6,6 +6,7 @@
 Takes every flag of soco.py or rpca.py. Results go to bench/results/METHOD-MODEL-RATIO-SEED.json after each variant,
 and a variant that is there already is not run again.
 """
+import functools
 import json
 import re
 import sys
@@ -14,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rpca
 import soco
-from baselines import oats, sparsegpt
-from cli import Job, between, run, run_parser, whole
-from common import collect_metric, dense_like, matrix, swapped
+from bench.baselines import magnitude, oats, prune_all, sparsegpt, wanda
+from common.cli import Job, between, run, run_parser, whole
+from common.layers import swapped
 from eval_ppl import perplexity
 
 SOCO = {                                             # name: settings of soco.compressed_layers
@@ -37,8 +38,9 @@ CAP = {                                              # name: settings of rpca.co
     "no low-rank part": {"rank_share": 0.0},
     "one round (the initial mask, refitted)": {"rounds": 1},
     "no scale": {"scale": False},
-    "twice the low-rank part": {"rank_share": 0.08},
-    "uniform budget": {"uniform": True},
+    "twice the low-rank part": {"rank_share": 2 * rpca.RANK_SHARE},
+    "the same share of every matrix": {"scope": "matrix"},
+    "the same share of every row": {"scope": "row"},
     "no refit": {"refitted": False},
     "policy gradient": {"estimator": "policy"},
 }
@@ -60,12 +62,6 @@ def soco_layers(job, metrics, batches, reset_scores=False, **changes):
 
 def cap_layers(job, metrics, batches, **settings):
     return rpca.compressed_layers(job.model, job.layers, metrics, batches, job.args.ratio, seed=job.args.seed, **settings)
-
-
-def baseline_layers(job, metrics, prune):
-    """{layer: dense layer} of a baseline that takes one matrix at a time."""
-    return {layer: dense_like(layer, prune(matrix(layer).float(), metrics[name].G), layer.bias)
-            for name, layer in job.layers.items()}
 
 
 def main():
@@ -102,19 +98,17 @@ def main():
         print(f"{variant:44} ppl {ppl.ppl:10.2f}  gap {ppl.nll - results['variants']['dense']['nll']:.4f}  {seconds:.0f} s", flush=True)
 
     score("dense", dict)
-    metrics = collect_metric(job.model, job.layers, job.batches(args.metric_batches), progress=True)
+    metrics = job.metrics()
     if method == "soco":
         score("whitened SVD, same share", lambda: soco.truncate(job.layers, metrics, "whitened", args.ratio))
         for variant, changes in SOCO.items():
             score(variant, lambda: soco_layers(job, metrics, job.batches(args.steps), **changes))
     else:
-        root_mean_square = lambda G: G.diagonal().sqrt()
-        score("magnitude", lambda: baseline_layers(job, metrics, lambda W, G: rpca.magnitude(W, None, args.ratio)))
-        score("Wanda", lambda: baseline_layers(job, metrics, lambda W, G: rpca.wanda(W, root_mean_square(G), args.ratio)))
-        score("SparseGPT", lambda: baseline_layers(job, metrics, lambda W, G: sparsegpt(W, G, args.ratio)))
+        for name, prune in [("magnitude", magnitude), ("Wanda", wanda), ("SparseGPT", sparsegpt)]:
+            score(name, lambda: prune_all(prune, job.layers, metrics, args.ratio))
         for variant, changes in CAP.items():
             score(variant, lambda: cap_layers(job, metrics, job.batches(args.metric_batches), **changes))
-        score("OATS, 20 rounds", lambda: baseline_layers(job, metrics, lambda W, G: oats(W, root_mean_square(G), args.ratio, rounds=20)))
+        score("OATS, 20 rounds", lambda: prune_all(functools.partial(oats, rounds=20), job.layers, metrics, args.ratio))
 
 
 if __name__ == "__main__":

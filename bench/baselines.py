@@ -1,15 +1,36 @@
-"""Two published baselines for rpca.py, as short as they go: SparseGPT and OATS, on one matrix at a time.
+"""Published baselines for rpca.py, as short as they go, on one matrix at a time: magnitude, Wanda, SparseGPT, OATS.
 
-Both see what CAP sees: the dense weight W [m, n] and the statistics of the dense model's own inputs (the papers
+All see what CAP sees: the dense weight W [m, n] and G [n, n], the Gram matrix of the dense model's own inputs (the papers
 feed each block the outputs of the already pruned blocks; here all matrices share one pass over the dense model).
 """
 import torch
+
+from common.layers import dense_like, matrix
+
+
+def prune_all(prune, layers, metrics, ratio):
+    """{layer: dense layer} of prune(W, G, ratio) for every one of `layers` {name: layer}."""
+    return {layer: dense_like(layer, prune(matrix(layer).float(), metrics[name].G, ratio), layer.bias)
+            for name, layer in layers.items()}
+
+
+def magnitude(W, G, ratio):
+    """The largest entries of a matrix, (1 - ratio) of them."""
+    flat = W.flatten()
+    top = flat.abs().topk(int((1 - ratio) * len(flat))).indices
+    return torch.zeros_like(flat).scatter(0, top, flat[top]).view_as(W)
+
+
+def wanda(W, G, ratio):
+    """Wanda (Sun et al. 2024, arXiv 2306.11695): in every row, the largest |W| D; D [n] is the inputs' root mean square."""
+    top = (W.abs() * G.diagonal().sqrt()).topk(int((1 - ratio) * W.shape[1]), dim=1).indices
+    return torch.zeros_like(W).scatter(1, top, W.gather(1, top))
 
 
 def sparsegpt(W, G, ratio, damping=0.01, block=128):
     """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1): prune W [m, n] column by column,
     each time pushing the error on to the columns not yet reached. G [n, n]: Gram matrix of the inputs."""
-    W, G = W.float().clone(), G.float().clone()
+    W, G = W.clone(), G.clone()
     dead = G.diagonal() == 0
     G[dead, dead] = 1
     W[:, dead] = 0
@@ -30,14 +51,14 @@ def sparsegpt(W, G, ratio, damping=0.01, block=128):
     return W
 
 
-def oats(W, D, ratio, rank_share=0.25, rounds=80):
+def oats(W, G, ratio, rank_share=0.25, rounds=80):
     """OATS (Zhang & Papyan 2025, arXiv 2409.13652): alternate a truncated SVD and a row-wise hard threshold on W D.
 
-    D [n]: root mean square of each input. rank_share: the part of the kept numbers that the low-rank part gets.
+    D [n] is the inputs' root mean square. rank_share: the part of the kept numbers that the low-rank part gets.
     The truncated SVD is one step of subspace iteration a round, started from the round before.
     """
-    m, n = W.shape
-    A = W.float() * D
+    (m, n), D = W.shape, G.diagonal().sqrt()
+    A = W * D
     kept = (1 - ratio) * m * n
     rank, per_row = int(rank_share * kept / (m + n)), int((1 - rank_share) * kept / m)
     S, V = torch.zeros_like(A), torch.linalg.svd(A, full_matrices=False)[2][:rank].T

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rpca
 import soco
-from cli import Job, run, run_parser, whole
-from common import collect_metric, swapped
+from common.cli import Job, run, run_parser, whole
+from common.layers import swapped
+from common.metric import collect_metric
 
 
 def seconds(call, repeats=5):

@@ -1,15 +1,19 @@
-"""How the bundled model was made: a GPT-2 of 1.6 million parameters, trained on English that Python carries.
+"""How the bundled model was made: a GPT-2 of 1.9 million parameters, trained on English that Python carries.
 
-    python demo/train.py FOLDER       # about 15 minutes on two cores; writes the model and its tokenizer
+    python demo/train.py FOLDER       # about 25 minutes on two cores; writes the model and its tokenizer
 
-Text: the help topics and docstrings of the standard library (`stdlib` in eval_ppl.py, Python 3.11), the
-train split to learn and the test split for perplexity. It prints, on the same held-out tokens, the perplexity
-of an interpolated trigram model (Kneser-Ney discounting) beside the model's own.
+Text: the help topics and docstrings of the standard library (`stdlib` in eval_ppl.py, Python 3.11), the train split to
+learn and the test split for perplexity, and to learn also the comments of its modules and the docstrings and comments
+of its own tests, those of held-out modules excepted. It prints, on the same held-out tokens, the perplexity of an
+interpolated trigram model (Kneser-Ney discounting) of the same training text beside the model's own.
 """
 import argparse
 import collections
+import io
 import math
 import sys
+import sysconfig
+import tokenize
 from pathlib import Path
 
 import torch
@@ -18,9 +22,44 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval_ppl import encode, perplexity, stdlib
+from eval_ppl import docstrings, encode, is_held_out, perplexity, stdlib, stdlib_documents
 
 VOCAB, SEQLEN, BATCH, MUON_LR, ADAM_LR = 2048, 256, 16, 0.02, 5e-3
+
+
+def comments(source):
+    """The comments of a Python source, one text for each run of lines that are nothing else."""
+    texts, last = [], -2
+    try:
+        for token in tokenize.tokenize(io.BytesIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                words = token.string.lstrip("#! ")
+                if token.start[0] == last + 1 and texts:
+                    texts[-1] += "\n" + words
+                else:
+                    texts.append(words)
+                last = token.start[0]
+    except (tokenize.TokenError, SyntaxError, UnicodeDecodeError):
+        pass                                                 # the library's tests hold files that are broken on purpose
+    return [text for text in texts if len(text) > 40]
+
+
+def more_text():
+    """Comments of the standard library and docstrings of its tests, without a word of what `stdlib` holds."""
+    root, known, texts = Path(sysconfig.get_paths()["stdlib"]), stdlib_documents(), {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if "site-packages" in name or is_held_out(name):
+            continue
+        source = path.read_bytes()
+        texts |= dict.fromkeys(comments(source))
+        if name not in known:
+            try:
+                texts |= dict.fromkeys(docstrings(source))
+            except (SyntaxError, ValueError):
+                pass
+    own = {text for document in known.values() for text in document}
+    return "\n\n".join(text for text in texts if text not in own)
 
 
 def train_tokenizer(text):
@@ -63,12 +102,12 @@ def trigram_perplexity(train, test, seqlen, discount=0.75):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = train_tokenizer(stdlib("train"))
-    train, test = (encode(tokenizer, stdlib(split)) for split in ("train", "test"))
-    config = GPT2Config(vocab_size=VOCAB, n_positions=SEQLEN, n_embd=160, n_layer=4, n_head=5,
+    train, test = (encode(tokenizer, text) for text in (stdlib("train") + "\n\n" + more_text(), stdlib("test")))
+    config = GPT2Config(vocab_size=VOCAB, n_positions=SEQLEN, n_embd=160, n_layer=5, n_head=5,
                         resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} train tokens, {len(test):,} test")

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import re
 import resource
 import sys
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import torch
 
-from common import SCRIPT_OF, UserError, block_layers, load, matrix, sample_blocks, save
+from common import UserError, processes
+from common.folder import SCRIPT_OF, load, save
+from common.layers import block_layers, is_matrix, matrix, swapped, untouched
+from common.metric import collect_metric
 
-BUNDLED = str(Path(__file__).resolve().parent / "demo")     # a small GPT-2 that needs no download
+BUNDLED = str(Path(__file__).resolve().parents[1] / "demo")     # a small GPT-2 that needs no download
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,21 +58,32 @@ def between(low, high, or_low=False):
 
 
 def run(main):
-    """Call a script's main(); bad input ends it with one line and exit code 2, a defect keeps its traceback."""
+    """Call a script's main(); bad input ends it with one line and exit code 2, a defect keeps its traceback.
+
+    Of several processes that torchrun started, the first alone prints.
+    """
     from transformers.utils import logging
     logging.set_verbosity_error()
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
     except (UserError, FloatingPointError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        if first:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted, nothing half written is left", file=sys.stderr)
         sys.exit(130)
+    finally:
+        processes.leave()
 
 
 def add_model_flags(parser):
-    parser.add("--model", "hub id or folder of a causal language model, dense or compressed", default=BUNDLED)
+    parser.add("--model", "folder or hub id of a causal language model, dense or compressed", default=BUNDLED)
+    parser.add("--revision", "of a hub model: a branch, tag or commit")
+    parser.add("--trust-remote-code", "run the Python code that a hub model brings along", action="store_true")
     parser.add("--device", "cpu, cuda, cuda:1; auto takes CUDA if there is one", default="auto")
     parser.add("--dtype", "of the weights; auto is bfloat16 on CUDA, else float32", default="auto",
                choices=["auto", "float32", "bfloat16", "float16"])
@@ -77,9 +92,10 @@ def add_model_flags(parser):
 # ---- models -----------------------------------------------------------------------------------
 
 def pick_device(name):
-    """torch.device for "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ..."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """torch.device for "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...; under torchrun each process has its own."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    name = "cpu" if name == "auto" else name
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -96,8 +112,11 @@ def pick_dtype(name, device):
     return getattr(torch, name) if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_model(name, device, dtype):
-    """(model, tokenizer) of a local folder, dense or compressed, or of a hub id; only safetensors is read."""
+def load_model(name, device, dtype, **options):
+    """(model, tokenizer) of a local folder, dense or compressed, or of a hub id; only safetensors is read.
+
+    options: revision and trust_remote_code, as for from_pretrained.
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
@@ -107,9 +126,9 @@ def load_model(name, device, dtype):
             method = (config.get("quantization_config") or {}).get("quant_method")
             if method in SCRIPT_OF:
                 importlib.import_module(SCRIPT_OF[method])       # teaches transformers to load such a folder
-        AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = load(name, dtype=dtype).to(device)
+        AutoConfig.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = load(name, dtype=dtype, **options).to(device)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         causes = [error]
         while causes[-1].__cause__ or causes[-1].__context__:
@@ -144,6 +163,7 @@ def run_parser(description, metric_batches=16):
     """The flags that soco.py and rpca.py share."""
     parser = Parser(description)
     add_model_flags(parser)
+    parser.add("--host-weights", "keep the model in main memory and work on one matrix at a time on --device", action="store_true")
     parser.add("--ratio", "share of the block weights' numbers to remove", type=between(0, 1), default=0.5)
     parser.add("--calib", "text to learn from, its train split: wikitext2, stdlib or a file (default: stdlib for the bundled model, else wikitext2)")
     parser.add("--eval", "text for perplexity, its test split; named like --calib, and not the same file")
@@ -160,6 +180,14 @@ def run_parser(description, metric_batches=16):
     return parser
 
 
+def sample_blocks(ids, seqlen, count, seed):
+    """`count` blocks of `seqlen` tokens [count, seqlen] of a text's ids [tokens], without overlap, in random order;
+    the order repeats when the text has fewer."""
+    blocks = ids[:len(ids) // seqlen * seqlen].view(-1, seqlen)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return blocks[order.repeat(count // len(blocks) + 1)[:count]]
+
+
 class Job:
     """What soco.py and rpca.py do around their method: check and load, time the phases, score models, save, report."""
 
@@ -168,6 +196,9 @@ class Job:
         self.folder = check_out(args, method)
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
+        processes.join(self.device.type)
+        if args.batch_size % processes.world():
+            raise UserError(f"--batch-size {args.batch_size} cannot be shared out among {processes.world()} processes: give a multiple")
         own = "stdlib" if args.model == BUNDLED else "wikitext2"
         args.calib, args.eval = args.calib or own, args.eval or own
         if Path(args.calib).is_file() and Path(args.eval).is_file() and Path(args.calib).samefile(args.eval) and not args.same_text:
@@ -179,7 +210,8 @@ class Job:
     def load(self):
         from eval_ppl import load_tokens
         args = self.args
-        self.model, self.tokenizer = load_model(args.model, self.device, self.dtype)
+        self.model, self.tokenizer = load_model(args.model, "cpu" if args.host_weights else self.device, self.dtype,
+                                                revision=args.revision, trust_remote_code=args.trust_remote_code)
         try:
             self.layers = block_layers(self.model)
         except UserError as error:
@@ -193,12 +225,29 @@ class Job:
         self.eval_ids = load_tokens(self.tokenizer, args.eval, "test", args.eval_seqlen)
         self.calib_ids = load_tokens(self.tokenizer, args.calib, "train", args.seqlen)
         self.dense_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.untouched = untouched(self.model, self.layers)
         torch.manual_seed(args.seed)
 
     def batches(self, count):
-        """`count` batches of calibration blocks, each [batch, seqlen]; the same first ones whatever the count."""
+        """`count` batches of calibration blocks, each [batch, seqlen]; the same first ones whatever the count.
+
+        Of several processes, each gets its own rows of every batch.
+        """
         blocks = sample_blocks(self.calib_ids, self.args.seqlen, count * self.args.batch_size, self.args.seed)
-        return blocks.split(self.args.batch_size)
+        return [batch[processes.rank()::processes.world()] for batch in blocks.split(self.args.batch_size)]
+
+    def metrics(self):
+        with self.clock("metric"):
+            metrics = collect_metric(self.model, self.layers, self.batches(self.args.metric_batches), progress=True)
+            processes.average({id(part): part for metric in metrics.values() for part in (metric.G, metric.R)}.values())
+        return metrics
+
+    def baseline(self, key, label, make):
+        """Score the model with the layers that make() gives, {dense layer: another}, for the length of the measurement."""
+        with self.clock("baselines"):
+            new = make()
+        with swapped(self.model, new):
+            self.score(key, label)
 
     @contextlib.contextmanager
     def clock(self, phase):
@@ -207,15 +256,15 @@ class Job:
         yield
         self.seconds[phase] = round(self.seconds.get(phase, 0) + time.perf_counter() - start, 2)
 
-    def score(self, key, label, kept=None):
-        """Perplexity of self.model as it is now: a row of the table, printed at once. kept: numbers in its block weights."""
+    def score(self, key, label):
+        """Perplexity of self.model as it is now: a row of the table, printed at once."""
         from eval_ppl import perplexity
         with self.clock("eval"):
             result = perplexity(self.model, self.eval_ids, self.args.eval_seqlen, self.args.eval_stride,
                                 self.args.eval_blocks, progress=True)
         if not math.isfinite(result.nll):
             raise UserError(f"--model {self.args.model}: {label}, perplexity is {result.ppl} in {self.dtype}; try --dtype float32")
-        kept = kept or block_numbers(self.model, self.layers)
+        kept = block_numbers(self.model, self.layers)
         if not self.rows:
             self.print_settings(result.tokens)
         self.rows[key] = {"label": label, "ppl": result.ppl, "nll": result.nll, "kept": kept,
@@ -233,6 +282,10 @@ class Job:
     def finish(self, layers):
         """Save the compressed model with its tokenizer, metrics.json and model card; print where."""
         compressible = sum(matrix(layer).numel() for layer in self.layers.values())
+        print("kept share of each matrix, block by block, in tenths (D: all of it, dense)\n" + allocation(layers))
+        print("not touched: " + "; ".join(f"{name} {' x '.join(map(str, shape))} ({reason})" for name, shape, reason in self.untouched))
+        if processes.rank():
+            return
 
         def extra(folder):
             self.tokenizer.save_pretrained(folder)
@@ -245,7 +298,8 @@ class Job:
                 "ppl": {key: row["ppl"] for key, row in self.rows.items()},
                 "gap": {key: row["gap"] for key, row in self.rows.items()},
                 "eval": self.eval, "versions": {"torch": torch.__version__}, "layers": layers}
-            report["device"], report["dtype"] = str(self.device), self.eval["dtype"]
+            report["untouched"] = [{"name": name, "shape": shape, "reason": reason} for name, shape, reason in self.untouched]
+            report["device"], report["dtype"], report["processes"] = str(self.device), self.eval["dtype"], processes.world()
             (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
             (folder / "README.md").write_text(model_card(report, self.rows))
             self.report = report
@@ -259,14 +313,28 @@ class Job:
         print(f"written to {folder}; score it again with: python eval_ppl.py --model {folder}")
 
 
+def allocation(layers):
+    """Lines of text: the kept share of each matrix, block by block, in tenths; D is dense."""
+    rows = {}
+    for layer in layers:
+        (m, n), rank = layer["shape"], layer["rank"]
+        kind = ".".join("*" if part.isdigit() else part for part in layer["name"].split("."))
+        share = "D" if rank == "dense" else str(int(10 * (rank * (m + n) + layer.get("nonzeros", 0)) / (m * n)))
+        rows[kind] = rows.get(kind, "") + share
+    return "\n".join(f"  {kind:34} {row}" for kind, row in rows.items())
+
+
 def block_numbers(model, layers):
     """Numbers stored now for the block weights that stood at the names of `layers` {name: dense layer}.
 
-    Counted after the fact, from the modules; a bias that was there before compression does not count.
+    Counted after the fact, from the modules: of a matrix in dense form that took a dense layer's place what is not zero.
+    A bias that was there before compression does not count.
     """
     total = 0
     for name, dense in layers.items():
-        total += sum(p.numel() for p in model.get_submodule(name).parameters())
+        layer = model.get_submodule(name)
+        pruned = layer is not dense and is_matrix(layer)
+        total += sum((p.count_nonzero().item() if pruned and p.ndim == 2 else p.numel()) for p in layer.parameters())
         total -= 0 if dense.bias is None else dense.bias.numel()
     return total
 
@@ -325,7 +393,7 @@ tags: [{report['method']}, compressed]
 Perplexity: {settings}.
 File: {report['file_bytes']:,} bytes, dense {report['dense_bytes']:,}.
 
-Made by `{report['command']}`; every setting is in metrics.json. To load it, with {script}.py, common.py and cli.py at hand:
+Made by `{report['command']}`; every setting is in metrics.json. To load it, with {script}.py and common/ at hand:
 
 ```python
 import {script}                                    # without this import, loading stops with a shape error
