@@ -1,7 +1,7 @@
 """CAP: split every weight matrix by robust PCA into low-rank plus sparse, then choose globally what is kept
 (arXiv 2505.03801).
 
-    python rpca.py                                  # a bundled 1.6M-parameter GPT-2, offline, on a laptop
+    python rpca.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
 The method, on one screen. *Stage 1*: every block weight W [m, n], scaled so that the square of an entry is the loss
@@ -14,12 +14,11 @@ for the whole model,
 
     sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * numbers in the block weights,
 
-The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default drives p to
-0 or 1 by what the metric predicts, in rounds, for the entries; L then has a fixed small share of each matrix's numbers.
-*Then* what is kept has its values refitted on that structure, and each layer is stored as U sqrt(sigma), sqrt(sigma) V and a bitmask with the values of S.
-(S is the sparse part here; in soco.py it is the score.)
+The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default drives the
+p of entries to 0 or 1 by what the metric predicts, in rounds, and gives L a fixed small share of each matrix's numbers.
+*Then* the kept values are refitted, and each layer is stored as U sqrt(sigma), sqrt(sigma) V, a bitmask and the values
+of S (common/sparse.py). (S is the sparse part here; in soco.py it is the score.)
 """
-import math
 from typing import NamedTuple
 
 import torch
@@ -27,10 +26,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, bar
-from common.folder import load, mark_compressed, register, save    # load and save stand here for whoever imports this module
-from common.layers import block_layers, input_device, matrix, swap, swapped
+from common.folder import install, load, register, save    # load and save stand here for whoever imports this module
+from common.layers import block_layers, input_device, matrix, swapped
 from common.metric import collect_metric, threshold
 from common.processes import average, shared_out
+from common.sparse import LowRankPlusSparse
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -101,21 +101,18 @@ def singular_value_threshold(A, tau, nearby=None):
 # An item is a direction of some L, which costs m + n numbers, or an entry of some S, which costs 1.
 # `p` and `masks` are lists of tensors, one number an item; `cost` is a list of numbers, the cost of an item of each tensor.
 
-def expected_cost(p, cost):
-    return sum(c * q.sum(dtype=torch.float64).item() for q, c in zip(p, cost))
-
-
 def project(p, cost, budget):
     """The nearest probabilities with expected cost at most `budget`: clamp(p - tau cost, 0, 1), tau by bisection."""
     def moved(tau):
         return [(q - tau * c).clamp(0, 1) for q, c in zip(p, cost)]
 
-    low, high = 0.0, 1 + max(q.max().item() / c for q, c in zip(p, cost))
-    if expected_cost(moved(low), cost) <= budget:
-        return moved(low)
-    for _ in range(40):
+    def too_dear(tau):
+        return sum(c * q.sum(dtype=torch.float64).item() for q, c in zip(moved(tau), cost)) > budget
+
+    low, high = 0.0, 1 + max(q.max().item() / c for q, c in zip(p, cost)) if too_dear(0.0) else 0.0
+    for _ in range(40 if high else 0):
         middle = (low + high) / 2
-        low, high = (middle, high) if expected_cost(moved(middle), cost) > budget else (low, middle)
+        low, high = (middle, high) if too_dear(middle) else (low, middle)
     return moved(high)
 
 
@@ -203,75 +200,9 @@ def alternate(Q, V, numbers, rounds=3):
     return U, V
 
 
-# ---- the layer ------------------------------------------------------------------------------------
-
-class LowRankPlusSparse(nn.Module):
-    """y = up(down(x)) + S x + b: rank k (two nn.Linear, none for k = 0) plus a sparse matrix, for a dense [m, n] layer.
-
-    S is stored as a bitmask, 1 bit an entry, and its nonzero values; the dense S that multiplies is unpacked on
-    first use. `weight` is a marker of one number where the dense weight stood, as in soco.LowRankLinear.
-    """
-
-    def __init__(self, n, m, k, nonzeros, bias=True, **where):
-        super().__init__()
-        self.shape = (m, n)
-        self.down = nn.Linear(n, k, bias=False, **where) if k else None
-        self.up = nn.Linear(k, m, bias=False, **where) if k else None
-        self.values = nn.Parameter(torch.empty(nonzeros, **where))
-        self.bias = nn.Parameter(torch.empty(m, **where)) if bias else None
-        self.register_buffer("mask", torch.empty(-(-m * n // 8), dtype=torch.uint8, device=where.get("device")))
-        self.register_buffer("weight", torch.zeros(1, **where))
-        self.unpacked = None
-
-    @classmethod
-    def of(cls, U, V, S, bias, like):
-        """From U [m, k], V [k, n], S [m, n] and a bias [m] or None, in the dtype and on the device of `like`."""
-        S = S.to(like)
-        mask = S != 0
-        new = cls(V.shape[1], *U.shape, int(mask.sum()), bias is not None, device=like.device, dtype=like.dtype)
-        state = {"values": S[mask], "mask": pack_bits(mask), "weight": new.weight}
-        state |= {"up.weight": U, "down.weight": V} if new.up else {}
-        state |= {} if bias is None else {"bias": bias}
-        new.load_state_dict(state)
-        return new.requires_grad_(like.requires_grad)
-
-    def _apply(self, *args, **options):
-        self.unpacked = None
-        return super()._apply(*args, **options)
-
-    def sparse(self):
-        """The dense form of S [m, n]."""
-        mask = unpack_bits(self.mask, self.shape)
-        return torch.zeros(self.shape, dtype=self.values.dtype, device=mask.device).masked_scatter(mask, self.values)
-
-    def forward(self, x):
-        if self.training or torch.is_grad_enabled():
-            S = self.sparse()
-        else:
-            key = (self.values._version, self.values.data_ptr(), self.values.dtype)
-            if self.unpacked is None or self.unpacked[0] != key:
-                self.unpacked = (key, self.sparse())
-            S = self.unpacked[1]
-        y = F.linear(x, S, self.bias)
-        return y if self.up is None else y + self.up(self.down(x))
-
-
-def pack_bits(mask):
-    """A boolean tensor as bytes [ceil(numel / 8)], the first entry in the lowest bit."""
-    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed, shape):
-    """The boolean tensor of a shape that `pack_bits` packed."""
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.flatten()[:math.prod(shape)].view(shape).bool()
-
-
 # ---- compressing a model ------------------------------------------------------------------------
 
 ESTIMATORS = ("metric", "policy")
-SCOPES = ("model", "matrix", "row")
 RANK_SHARE = 0.02         # of each matrix's numbers, for L; more is worse on SmolLM2 (README)
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 
@@ -334,20 +265,16 @@ def compress(model, batches, ratio=0.5, metrics=None, progress=False, **settings
     batches, layers = list(batches), block_layers(model)
     metrics = metrics or collect_metric(model, layers, batches, progress=progress)
     new = compressed_layers(model, layers, metrics, batches, ratio, progress=progress, **settings)
-    swap(model, new)
-    mark_compressed(model, "cap", {name: {"k": len(new[layer].down.weight) if new[layer].down else 0,
-                                          "nonzeros": len(new[layer].values), "bias": layer.bias is not None}
-                                   for name, layer in layers.items()})
-    return model
+    return install(model, "cap", layers, new)
 
 
 def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric", rank_share=RANK_SHARE, rounds=5, scale=True,
-                      scope="model", refitted=True, seed=0, device=None, progress=False):
+                      keep=None, refitted=True, seed=0, device=None, progress=False):
     """{layer: LowRankPlusSparse} for `layers` {name: layer} of a model, which is left as it was.
 
     estimator: "metric" or "policy" (the paper's). rank_share: of each matrix's numbers, for its L. rounds: of pruning and
-    refitting. scope: of the mask's threshold, "model", or for comparison "matrix" or "row", the same share of each.
-    device: where matrices are worked on, one at a time (default: where each lies). Raises UserError for an impossible ratio.
+    refitting. keep: another rule than `keep_worthiest`, for comparison. device: where matrices are worked on, one at a
+    time (default: where each lies). Raises UserError for an impossible ratio.
     """
     if not 0 < ratio < 1:
         raise UserError(f"ratio {ratio} is not between 0 and 1")
@@ -359,7 +286,7 @@ def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric"
             refit_all(drafts)
     else:
         set_ranks(drafts, ratio, rank_share, progress)
-        choose_by_metric(drafts, budget, rounds, scope, refitted, progress)
+        choose_by_metric(drafts, budget, rounds, keep or keep_worthiest, refitted, progress)
     return {draft.layer: draft.finish() for draft in drafts}
 
 
@@ -374,17 +301,11 @@ def set_ranks(drafts, ratio, rank_share, progress):
         draft.set_low_rank(*factors)
 
 
-def keep_worthiest(drafts, count, scope):
-    """Set S to zero but for its `count` worthiest entries in the whole model, or the same share of each matrix or row."""
-    share = count / sum(draft.m * draft.n for draft in drafts)
-    cut = threshold(lambda: (draft.worth() for draft in drafts), count) if scope == "model" else None
+def keep_worthiest(drafts, count):
+    """Set every S to zero but for the `count` worthiest entries of them all."""
+    cut = threshold(lambda: (draft.worth() for draft in drafts), count)
     for draft in drafts:
-        worth = draft.worth()
-        if scope == "row":
-            cut = worth.kthvalue(max(draft.n - int(share * draft.n), 1), dim=1, keepdim=True).values
-        elif scope == "matrix":
-            cut = threshold(lambda: [worth], int(share * draft.m * draft.n))
-        draft.set_sparse(draft.S.to(worth) * (worth > cut))
+        draft.set_sparse(draft.S.to(draft.device) * (draft.worth() > cut))
 
 
 def refit_all(drafts):
@@ -392,7 +313,7 @@ def refit_all(drafts):
         draft.set_sparse(*refitted)
 
 
-def choose_by_metric(drafts, budget, rounds, scope, refitted, progress):
+def choose_by_metric(drafts, budget, rounds, keep, refitted, progress):
     """Stage 2 by the metric: drop the entries of least predicted loss in the whole model, refit, and again.
 
     The expected loss of independent Bernoulli masks grows by worth (1 - p) for every entry, so its gradient drives p to 1
@@ -402,7 +323,7 @@ def choose_by_metric(drafts, budget, rounds, scope, refitted, progress):
     entries = budget - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
     numbers = sum(draft.m * draft.n for draft in drafts)
     for done in bar(range(1, rounds + 1), progress, desc="choose and refit", unit="round"):
-        keep_worthiest(drafts, numbers - (numbers - entries) * done // rounds, scope)
+        keep(drafts, numbers - (numbers - entries) * done // rounds)
         if refitted:
             refit_all(drafts)
 
@@ -441,10 +362,10 @@ def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
 
 # ---- load, command -------------------------------------------------------------------------------
 
-def build_empty(layer, k, nonzeros, bias):
-    """A layer of the shape that `Draft.finish` gave it, its weights still to be loaded."""
-    m, n = matrix(layer).shape
-    return LowRankPlusSparse(n, m, k, nonzeros, bias=bias, dtype=layer.weight.dtype)
+def build_empty(layer, shapes):
+    """What `Draft.finish` made of a layer, its weights still to be loaded, from the shapes of its tensors."""
+    (m, n), k = matrix(layer).shape, shapes.get("down.weight", [0])[0]
+    return LowRankPlusSparse(n, m, k, shapes["values"][0], bias="bias" in shapes, dtype=layer.weight.dtype)
 
 
 register("cap", build_empty)
@@ -457,7 +378,6 @@ def main():
     parser.add("--rounds", "of pruning and refitting", type=whole(1), default=5)
     parser.add("--no-scale", "split and choose in the units of W, without the metric", action="store_true")
     parser.add("--no-refit", "keep the values that stage 1 gave", action="store_true")
-    parser.add("--scope", "of the mask's threshold: one for the model, or the same share of each matrix or row", choices=SCOPES, default="model")
     args = parser.parse_args()
     job = Job(args, "cap")
     model, layers = job.model, job.layers
@@ -467,12 +387,10 @@ def main():
         job.baseline(key, label, lambda: prune_all(prune, layers, metrics, args.ratio))
     with job.clock("compress"):
         compress(model, job.batches(args.metric_batches), args.ratio, metrics, progress=True, estimator=args.estimator,
-                 rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, scope=args.scope,
-                 refitted=not args.no_refit, seed=args.seed, device=job.device)
+                 rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, refitted=not args.no_refit, seed=args.seed, device=job.device)
     job.score("compressed", "CAP")
-    specs = model.config.quantization_config["layers"]
-    job.finish([{"name": name, "shape": tuple(matrix(layer).shape), "rank": specs[name]["k"], "nonzeros": specs[name]["nonzeros"]}
-                for name, layer in layers.items()])
+    job.finish({name: {"rank": shapes.get("down.weight", [0])[0], "nonzeros": shapes["values"][0]}
+                for name, shapes in model.config.quantization_config["layers"].items()})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """SoCo: learn which singular components of every weight matrix to keep (arXiv 2502.15092).
 
-    python soco.py                                  # a bundled 1.6M-parameter GPT-2, offline, on a laptop
+    python soco.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python soco.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
 The method, on one screen. Every block weight W [m, n] becomes W' = U diag(S * sigma) V + d, where U diag(sigma) V is
@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, bar
-from common.folder import load, mark_compressed, register, save    # load and save stand here for whoever imports this module
-from common.layers import block_layers, dense_like, frozen, input_device, matrix, swap, swapped
+from common.folder import install, load, register, save    # load and save stand here for whoever imports this module
+from common.layers import block_layers, dense_like, frozen, input_device, matrix, swapped
 from common.metric import collect_metric
 from common.processes import shared_out
 
@@ -245,11 +245,7 @@ def compress(model, batches, ratio=0.5, steps=200, metrics=None, progress=False,
     batches, layers = list(batches), block_layers(model)
     metrics = metrics or collect_metric(model, layers, batches, progress=progress)
     new = compressed_layers(model, layers, metrics, batches, ratio, steps, progress=progress, **settings)
-    swap(model, new)
-    specs = {name: {"k": new[layer].down.out_features if isinstance(new[layer], LowRankLinear) else None,
-                    "bias": any("bias" in key for key in new[layer].state_dict())} for name, layer in layers.items()}
-    mark_compressed(model, "soco", specs)
-    return model
+    return install(model, "soco", layers, new)
 
 
 def compressed_layers(model, layers, metrics, batches, ratio, steps, lr=LR, basis="two-sided", deviation=True,
@@ -257,8 +253,8 @@ def compressed_layers(model, layers, metrics, batches, ratio, steps, lr=LR, basi
     """{layer: its replacement} for `layers` {name: layer} of a model, which is left as it was.
 
     stages: the parts of the run that descend, swing and polarise. steps=0 chooses without learning.
-    device: where matrices are decomposed, one at a time (default: where each lies).
-    Raises UserError for a ratio that leaves too little, FloatingPointError when the loss is not finite.
+    device: where matrices are decomposed, one at a time (default: where each lies). Raises UserError for a ratio that
+    leaves too little, FloatingPointError when the loss is not finite.
     """
     deviation = deviation and steps > 0
     budget = budget_for(layers, ratio, deviation)
@@ -277,10 +273,8 @@ def budget_for(layers, ratio, deviation):
         raise UserError(f"ratio {ratio} is not between 0 and 1")
     numbers = sum(matrix(layer).numel() for layer in layers.values())
     budget = (1 - ratio) * numbers - sum(len(matrix(layer)) for layer in layers.values() if deviation and layer.bias is None)
-    smallest = sum(sum(matrix(layer).shape) for layer in layers.values())
-    if budget < smallest:
-        raise UserError(f"ratio {ratio} leaves {budget:.0f} numbers, and one component of every matrix takes {smallest}: "
-                        f"give a smaller ratio")
+    if budget < (least := sum(sum(matrix(layer).shape) for layer in layers.values())):
+        raise UserError(f"ratio {ratio} leaves {budget:.0f} numbers, and one component of every matrix takes {least}: give a smaller ratio")
     return budget
 
 
@@ -362,12 +356,12 @@ def teacher(layers):
 
 # ---- load, command -------------------------------------------------------------------------------
 
-def build_empty(layer, k, bias):
-    """A layer of the shape that `finish` gave it, its weights still to be loaded: rank k, or dense for k = None."""
+def build_empty(layer, shapes):
+    """What `finish` made of a layer, its weights still to be loaded, from the shapes of its tensors."""
     m, n = matrix(layer).shape
-    if k is None:
-        return dense_like(layer, torch.empty(m, n), torch.empty(m) if bias else None)
-    return LowRankLinear(n, m, k, bias=bias, dtype=layer.weight.dtype)
+    if "down.weight" not in shapes:
+        return dense_like(layer, torch.empty(m, n), torch.empty(m) if "bias" in shapes else None)
+    return LowRankLinear(n, m, shapes["down.weight"][0], bias="up.bias" in shapes, dtype=layer.weight.dtype)
 
 
 register("soco", build_empty)
@@ -379,26 +373,25 @@ def main():
     parser.add("--steps", "of learning, over all three stages", type=whole(0), default=200)
     parser.add("--lr", "Adam's learning rate for the scores", type=between(0, 10), default=LR)
     parser.add("--no-deviation", "do not learn the output offsets d", action="store_true")
-    parser.add("--gradient-checkpointing", "recompute activations in the learning step: less memory, more time", action="store_true")
+    parser.add("--gradient-checkpointing", "recompute activations when learning: less memory, more time", action="store_true")
     args = parser.parse_args()
     job = Job(args, "soco")
     model, layers, device = job.model, job.layers, job.device
     budget_for(layers, args.ratio, not args.no_deviation)            # refuses an impossible ratio before any work
-    shapes = {name: tuple(matrix(layer).shape) for name, layer in layers.items()}
     job.score("dense", "dense")
     metrics = job.metrics()
     for key, label, basis in [("svd", "plain SVD, same share", "plain"), ("svd_whitened", "whitened SVD, same share", "whitened")]:
         job.baseline(key, label, lambda: truncate(layers, metrics, basis, args.ratio, device, progress=True))
     job.baseline("svd_global", f"{args.basis} SVD, global choice", lambda: compressed_layers(
         model, layers, metrics, [], args.ratio, steps=0, basis=args.basis, device=device, progress=True))
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if args.gradient_checkpointing:                                  # the older name is transformers' until version 6
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     with job.clock("learn"):
         compress(model, job.batches(max(args.steps, 1)), args.ratio, args.steps, metrics, progress=True,
                  lr=args.lr, basis=args.basis, deviation=not args.no_deviation, device=device)
     job.score("compressed", f"SoCo, {args.steps} steps")
-    specs = model.config.quantization_config["layers"]
-    job.finish([{"name": name, "shape": shapes[name], "rank": spec["k"] or "dense"} for name, spec in specs.items()])
+    job.finish({name: {"rank": shapes.get("down.weight", ["dense"])[0]}
+                for name, shapes in model.config.quantization_config["layers"].items()})
 
 
 if __name__ == "__main__":

@@ -30,15 +30,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, pipeline)
 from transformers.pytorch_utils import Conv1D
 
 import eval_ppl
 import rpca
+import soco
 from bench import baselines
-from common import UserError, cli, metric
+from bench.ablate import same_share_of_matrices, same_share_of_rows
+from common import UserError, cli, metric, sparse
 from common.cli import sample_blocks
-from common.layers import block_layers, dense_like, matrix, swap, swapped
+from common.layers import block_layers, dense_like, matrix, swap, swapped, untouched
 from common.metric import collect_metric
 from eval_ppl import encode, perplexity
 from soco import (BASES, KLDivergence, LowRankLinear, ScoredLinear, choose, compress, compressed_layers, factor, load, save,
@@ -46,6 +49,7 @@ from soco import (BASES, KLDivergence, LowRankLinear, ScoredLinear, choose, comp
 
 ROOT = Path(__file__).resolve().parent
 VOCAB = 64
+RPCA_LINE = "--model {house}/model --calib {house}/train --eval {house}/test --seqlen 16 --metric-batches 2 --eval-blocks 3 "
 SHAPES = [(7, 5), (5, 11), (8, 8), (1, 6), (6, 1)]
 KINDS = ["linear", "linear without bias", "conv1d"]
 
@@ -115,9 +119,7 @@ def students_of(model, basis, batches):
     """{layer: ScoredLinear} with every component kept."""
     layers = block_layers(model)
     metrics = collect_metric(model, layers, batches)
-    return {layer: ScoredLinear(layer, *factor(matrix(layer), None if basis == "plain" else metrics[name].G,
-                                               metrics[name].R if basis == "two-sided" else None))
-            for name, layer in layers.items()}
+    return {layer: ScoredLinear(layer, *soco.decompose(layer, metrics[name], basis)) for name, layer in layers.items()}
 
 
 def tree(folder):
@@ -420,7 +422,7 @@ def test_metric_holds_the_second_moment_of_the_inputs(make, device):
         hook.remove()
     metrics = collect_metric(model, layers, batches)
     for name, layer in layers.items():
-        X = torch.cat(seen[name])
+        X = torch.cat(seen[name]).cpu()
         torch.testing.assert_close(metrics[name].G.double(), X.T @ X / 120, rtol=1e-4, atol=1e-5 * (X ** 2).mean().item())
         assert torch.linalg.eigvalsh(metrics[name].G.double()).min() > -1e-5 * (X ** 2).mean()
         assert metrics[name].R.shape == matrix(layer).shape[:1]
@@ -760,7 +762,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(house):
 
 @pytest.mark.parametrize("change, named", [
     (lambda config: config.update(format=99), "format 99"),
-    (lambda config: config["layers"].update({"transformer.h.7.mlp.c_fc": {"k": 1, "bias": True}}), "transformer.h.7.mlp.c_fc"),
+    (lambda config: config["layers"].update({"transformer.h.7.mlp.c_fc": {"down.weight": [1, 24]}}), "transformer.h.7.mlp.c_fc"),
 ])
 def test_a_folder_of_another_kind_is_refused(change, named, tmp_path):
     save(small(steps=0), tmp_path / "model")
@@ -770,6 +772,250 @@ def test_a_folder_of_another_kind_is_refused(change, named, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=named):
         load(tmp_path / "model")
+
+
+# ---- every model, every loader --------------------------------------------------------------------
+
+BLOCK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "llama": {**BLOCK, "num_key_value_heads": 2},
+    "mistral": {**BLOCK, "num_key_value_heads": 2},
+    "qwen2": {**BLOCK, "num_key_value_heads": 2},
+    "qwen3": {**BLOCK, "num_key_value_heads": 2, "head_dim": 16},
+    "gemma3_text": {**BLOCK, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 16},
+    "phi3": {**BLOCK, "num_key_value_heads": 2},
+    "opt": {**BLOCK, "ffn_dim": 48, "word_embed_proj_dim": 16},
+    "gpt_neox": BLOCK,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": {**BLOCK, "new_decoder_architecture": True, "num_kv_heads": 2},
+}
+METHODS = [soco, rpca]
+
+
+def tiny(kind, **config):
+    torch.manual_seed(0)
+    config = {"vocab_size": VOCAB, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+              "initializer_range": 0.2, **config}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)).eval()
+
+
+def whole_matrices(method, model, ids):
+    """{layer: what the method stores when it keeps everything}."""
+    if method is soco:
+        return {layer: student.finish() for layer, student in students_of(model, "two-sided", [ids]).items()}
+    metrics = collect_metric(model, layers := block_layers(model), [ids])
+    return {layer: rpca.Draft(layer, metrics[name]).finish() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_is_compressed_saved_and_loaded(kind, method, tmp_path):
+    model, ids = tiny(kind, **ARCHITECTURES[kind]), tokens(2, 16)
+    dense, layers = logits(model, ids), block_layers(model)
+    inside = {name for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.\d+\.", name)}
+    assert inside == {name + ".weight" for name in layers}                 # every matrix of the blocks and no other
+    with swapped(model, whole_matrices(method, model, ids)):
+        torch.testing.assert_close(logits(model, ids), dense, rtol=1e-3, atol=1e-3 * dense.abs().max().item())
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    method.compress(model, [ids], 0.4, **{soco: {"steps": 2}, rpca: {}}[method])
+    numbers = sum(matrix(layer).numel() for layer in layers.values())
+    assert 0.5 * numbers < cli.block_numbers(model, layers) <= 0.6 * numbers
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    save(model, tmp_path / "model")
+    assert torch.equal(logits(load(tmp_path / "model"), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_parameter_are_refused(kind):
+    model = tiny(kind, **BLOCK, num_key_value_heads=2, num_local_experts=4, num_experts=4, num_experts_per_tok=2)
+    with pytest.raises(UserError, match="3-D parameter, .*experts"):
+        block_layers(model)
+
+
+def test_what_is_not_touched_is_named():
+    model = tiny_gpt2()
+    model.transformer.h[1].table = nn.Embedding(5, 3)
+    found = {name: (shape, reason) for name, shape, reason in untouched(model, block_layers(model))}
+    assert found == {"transformer.wte.weight": ((VOCAB, 24), "outside the repeated blocks"),
+                     "transformer.wpe.weight": ((64, 24), "outside the repeated blocks"),
+                     "transformer.h.1.table.weight": ((5, 3), "not a Linear or Conv1D")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_shared_block_is_compressed_once_and_stays_shared(method):
+    model = tiny_gpt2()
+    model.transformer.h[1] = model.transformer.h[0]
+    method.compress(model, [tokens(2, 16)], 0.4)
+    assert model.transformer.h[1] is model.transformer.h[0]
+    assert sum(name.endswith("c_proj") for name, _ in model.named_modules()) == 2      # attention's and the MLP's
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes_devices_and_frozen_flags_are_kept(dtype, method, device):
+    model = tiny_llama().to(device, dtype)
+    layers = block_layers(model)
+    layers["model.layers.0.mlp.up_proj"].weight.requires_grad_(False)
+    method.compress(model, [tokens(2, 16)], 0.4)
+    for name in layers:
+        for p in model.get_submodule(name).parameters():
+            assert (p.dtype, p.device) == (dtype, layers[name].weight.device)
+            assert p.requires_grad == (name != "model.layers.0.mlp.up_proj")
+    assert logits(model, tokens(2, 16, device=device)).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_matrices_can_be_worked_on_elsewhere(method, device):
+    models = [method.compress(tiny_llama(), [tokens(2, 16)], 0.4, device=where, **{soco: {"steps": 0}, rpca: {}}[method])
+              for where in (None, device)]
+    assert {p.device.type for p in models[1].parameters()} == {"cpu"}
+    torch.testing.assert_close(*(logits(model, tokens(2, 16)) for model in models), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", MODELS)
+def test_a_compressed_folder_behaves_like_any_other(make, method, tmp_path):
+    model, ids = method.compress(make(), [tokens(2, 16)], 0.5), tokens(2, 16)
+    save(model, tmp_path / "one")
+    tiny_tokenizer().save_pretrained(tmp_path / "one")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    again.save_pretrained(tmp_path / "two")
+    assert torch.equal(logits(load(tmp_path / "two"), ids), logits(model, ids))
+    new = again.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(new[:, 16], logits(model, ids)[:, -1].argmax(-1))
+    words = pipeline("text-generation", str(tmp_path / "one"))("w1 w2", max_new_tokens=3, do_sample=False)
+    assert words[0]["generated_text"].startswith("w1 w2")
+    half = load(tmp_path / "one", dtype=torch.bfloat16)
+    for narrow in (half, again.to(torch.bfloat16)):
+        assert narrow.dtype == torch.bfloat16 and (logits(narrow, ids) - logits(model, ids)).norm() < 0.1 * logits(model, ids).norm()
+    # compiled without a C++ compiler: the graph that torch.compile traces, run as it stands
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_folder_is_split_by_device_map(method, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    model, ids = method.compress(tiny_llama(), [tokens(2, 16)], 0.5), tokens(2, 16)
+    save(model, tmp_path / "model")
+    for device_map in ("auto", {"": "cpu"}):
+        loaded = load(tmp_path / "model", device_map=device_map)
+        torch.testing.assert_close(logits(loaded, ids.to(loaded.device)).cpu(), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dense_model_under_device_map_is_compressed(method, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    split, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", device_map="auto"), tokens(2, 16)
+    method.compress(split, [ids], 0.5)
+    save(split, tmp_path / "model")
+    torch.testing.assert_close(logits(load(tmp_path / "model"), ids), logits(split, ids.to(split.device)).cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_offloaded_layer_is_refused():
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(UserError, match="q_proj is on the meta device"):
+        compress(model, [tokens(2, 16)])
+
+
+def test_loading_does_not_initialise_c_proj_anew(tmp_path):
+    # GPT-2 gives every parameter that is named c_proj.weight new random numbers after loading what is in the file
+    model = tiny_gpt2()
+    compress(model, [tokens(2, 16)], 0.05, steps=0)
+    kinds = {type(module) for name, module in model.named_modules() if name.endswith("c_proj")}
+    assert Conv1D in kinds                                                 # stored dense: really named c_proj.weight
+    save(model, tmp_path / "model")
+    torch.manual_seed(1)
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("script", ["soco", "rpca"])
+def test_importing_twice_is_harmless(script, tmp_path):
+    save(METHODS[script == "rpca"].compress(tiny_gpt2(), [tokens(2, 16)], 0.5), tmp_path / "model")
+    code = (f"import runpy, sys, importlib; sys.path.insert(0, {str(ROOT)!r}); import {script}; "
+            f"runpy.run_path({str(ROOT / (script + '.py'))!r}); importlib.reload({script}); "
+            f"print(type({script}.load('model').transformer.h[0].attn.c_attn).__name__)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, [{"soco": "LowRankLinear", "rpca": "LowRankPlusSparse"}[script]]), done.stderr
+
+
+def test_lora_attaches_to_the_factors():
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    model, ids = compress(tiny_llama(), [tokens(2, 16)], 0.5, steps=0), tokens(2, 16)
+    before = logits(model, ids)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["down", "up"]))
+    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert trained and all(".down.lora_" in name or ".up.lora_" in name for name in trained)
+    torch.testing.assert_close(logits(tuned, ids), before)
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(5):
+        losses.append(tuned(input_ids=ids, labels=ids).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_int8_weights_apply_on_top():
+    quantization = pytest.importorskip("torchao.quantization", reason="int8 weights need torchao")
+    model, ids = compress(tiny_llama(), [tokens(2, 16)], 0.5, steps=0), tokens(2, 16)
+    before = logits(model, ids)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    low_rank = next(module for module in model.modules() if isinstance(module, LowRankLinear))
+    assert type(low_rank.up.weight.data) is not torch.Tensor and type(low_rank.up.weight) is not nn.Parameter
+    assert (logits(model, ids) - before).norm() < 0.1 * before.norm()
+
+
+def test_gradient_checkpointing_learns_the_same_and_recomputes():
+    learned, calls = [], []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        count = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *call: count.append(1))
+        torch.manual_seed(0)
+        learned.append(logits(compress(model, [tokens(2, 16)], 0.5, steps=4), tokens(2, 16)))
+        calls.append(len(count))
+    torch.testing.assert_close(*learned, rtol=1e-4, atol=1e-4)
+    assert calls[1] == calls[0] + 4
+
+
+
+
+# ---- several processes ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, more", [("soco.py", "--steps 4"), ("rpca.py", "--rank-share 0.3"), ("rpca.py", "--estimator policy")])
+def test_two_processes_find_what_one_finds(script, more, house, tmp_path):
+    line = [str(ROOT / script), *RPCA_LINE.format(house=house).split(), *more.split(), "--batch-size", "4", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for folder, launch in [("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])]:
+        done = subprocess.run([sys.executable, *launch, *line, "--out", str(tmp_path / folder)], env=environment, cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written to") == 1
+    one, two = (json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert [layer["rank"] for layer in one["layers"]] == [layer["rank"] for layer in two["layers"]]
+    assert one["kept_params"] == two["kept_params"]
+    for a, b in zip(one["layers"], two["layers"]):                        # an entry on the edge of the mask may change sides
+        assert abs(a.get("nonzeros", 0) - b.get("nonzeros", 0)) <= 2
+    assert two["ppl"] == pytest.approx(one["ppl"], rel=5e-3)
+    a, b = (load(tmp_path / folder) for folder in ("one", "two"))
+    found = logits(a, tokens(2, 16)), logits(b, tokens(2, 16))
+    assert (found[0] - found[1]).norm() < (0.05 if script == "rpca.py" else 1e-3) * found[0].norm()
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(house, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "soco.py"),
+                           *RPCA_LINE.format(house=house).split(), "--batch-size", "3"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("--batch-size 3 cannot be shared out among 2 processes") == 1
 
 
 # ---- evaluator ----------------------------------------------------------------------------------
@@ -1184,7 +1430,7 @@ def test_a_ratio_that_leaves_too_little_is_refused(command, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_command(command, monkeypatch, tmp_path):
     backward, calls = torch.Tensor.backward, itertools.count()                              # two of them are the metric's
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * float("nan") if next(calls) == 2 else loss))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss, *grad: backward(loss * float("nan") if next(calls) == 2 else loss, *grad))
     code, _, err = command("soco.py", "--steps 7")
     check_refusal(code, err, " of 7", "learning rate")
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -1504,6 +1750,10 @@ def corners_of_the_budget(costs, budget):
                     yield corner[:i] + ((budget - spent) / c,) + corner[i + 1:]
 
 
+def expected_cost(p, cost):
+    return sum(c * q.double().sum().item() for q, c in zip(p, cost))
+
+
 @pytest.mark.parametrize("spread", [0.2, 3.0, 30.0])
 @pytest.mark.parametrize("budget", [0, 0.7, 4, 9.5, 100])
 def test_project_gives_the_nearest_point_of_the_budget(budget, spread, device):
@@ -1512,7 +1762,7 @@ def test_project_gives_the_nearest_point_of_the_budget(budget, spread, device):
         costs = [5, 5, 1, 1, 1, 1]
         x = rpca.project([q[:2], q[2:].view(2, 2)], [5, 1], budget)
         assert [part.shape for part in x] == [(2,), (2, 2)]
-        assert rpca.expected_cost(x, [5, 1]) <= budget
+        assert expected_cost(x, [5, 1]) <= budget
         x = torch.cat([part.flatten() for part in x])
         assert x.min() >= 0 and x.max() <= 1
         assert sum(c * part for c, part in zip(costs, x.tolist())) <= budget + 1e-12
@@ -1523,9 +1773,9 @@ def test_project_gives_the_nearest_point_of_the_budget(budget, spread, device):
 def test_project_leaves_alone_what_is_inside(device):
     p = [torch.rand(4, device=device), torch.rand(3, 5, device=device)]
     spent = 7 * p[0].double().sum().item() + p[1].double().sum().item()
-    assert rpca.expected_cost(p, [7, 1]) == pytest.approx(spent, rel=1e-12)
+    assert expected_cost(p, [7, 1]) == pytest.approx(spent, rel=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(rpca.project(p, [7, 1], spent + 1e-6), p))
-    assert rpca.expected_cost(rpca.project(p, [7, 1], spent / 2), [7, 1]) == pytest.approx(spent / 2, rel=1e-5)
+    assert expected_cost(rpca.project(p, [7, 1], spent / 2), [7, 1]) == pytest.approx(spent / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("levels", [3, 1000])
@@ -1654,10 +1904,10 @@ def test_alternating_finds_a_planted_split(device):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (7, 9), (1, 64), (129, 3)])
 def test_bits_come_back_one_an_entry(shape, device):
     for mask in (random(*shape, device=device) > 0, torch.ones(shape, dtype=torch.bool, device=device)):
-        packed = rpca.pack_bits(mask)
+        packed = sparse.pack_bits(mask)
         assert packed.dtype == torch.uint8 and packed.numel() == -(-math.prod(shape) // 8)
         assert np.array_equal(packed.cpu().numpy(), np.packbits(mask.cpu().numpy(), bitorder="little"))
-        unpacked = rpca.unpack_bits(packed, mask.shape)
+        unpacked = sparse.unpack_bits(packed, mask.shape)
         assert unpacked.dtype == torch.bool and torch.equal(unpacked, mask)
 
 
@@ -1742,7 +1992,7 @@ def cap(make=tiny_gpt2, ratio=0.5, batches=None, seed=0, **settings):
     return rpca.compress(model, batches or [tokens(2, 16), tokens(2, 16, seed=1)], ratio, **settings)
 
 
-SETTINGS = [{}, {"rank_share": 0.3}, {"rank_share": 0, "rounds": 1}, {"rank_share": 0.3, "scope": "matrix", "refitted": False},
+SETTINGS = [{}, {"rank_share": 0.3}, {"rank_share": 0, "rounds": 1}, {"rank_share": 0.3, "keep": same_share_of_matrices, "refitted": False},
             {"scale": False, "rounds": 2}]
 
 
@@ -1757,12 +2007,12 @@ def test_cap_meets_the_budget_exactly(make, ratio, settings):
     budget = (1 - ratio) * sum(matrix(layer).numel() for layer in dense.values())
     assert all(isinstance(layer, rpca.LowRankPlusSparse) for layer in new)
     assert stored <= budget
-    assert budget - stored < (len(new) + 1 if settings.get("scope") else 1)       # rounded down, matrix by matrix or once
+    assert budget - stored < (len(new) + 1 if settings.get("keep") else 1)       # rounded down, matrix by matrix or once
     for layer in new:
         m, n = layer.shape
         k = len(layer.down.weight) if layer.up else 0
         assert settings.get("rank_share", rpca.RANK_SHARE) > 0 or k == 0
-        if settings.get("scope"):
+        if settings.get("keep"):
             assert k == int(settings["rank_share"] * int((1 - ratio) * m * n) / (m + n))
     assert ratio > 0.5 or settings.get("rank_share", 0) == 0 or any(layer.up for layer in new)
 
@@ -1788,7 +2038,7 @@ def test_a_cap_model_is_the_dense_model_with_its_weights(make, estimator):
     torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"scope": "matrix"}, {"scale": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"keep": same_share_of_matrices}, {"scale": False}], ids=str)
 @pytest.mark.parametrize("make", MODELS)
 def test_one_round_without_refitting_keeps_the_weights_of_most_predicted_loss(make, settings):
     model, batches = make(), [tokens(4, 32)]
@@ -1800,7 +2050,7 @@ def test_one_round_without_refitting_keeps_the_weights_of_most_predicted_loss(ma
         W, kept = matrix(layer), dense_weight(new[layer]) != 0
         assert torch.equal(dense_weight(new[layer]), W * kept)
         worth = metrics[name].R[:, None] * W.square() * metrics[name].G.diagonal() if settings.get("scale", True) else W.square()
-        groups.setdefault(name if settings.get("scope") else "all", []).append((worth[kept], worth[~kept]))
+        groups.setdefault(name if settings.get("keep") else "all", []).append((worth[kept], worth[~kept]))
     for group in groups.values():
         kept, dropped = (torch.cat(parts) for parts in zip(*group))
         assert abs(len(kept) - len(dropped)) <= 1
@@ -1850,7 +2100,7 @@ def test_low_rank_plus_sparse_weights_are_found_in_a_model():
     for i, layer in enumerate(layers.values()):
         matrix(layer).copy_(0.05 * sum(planted(*matrix(layer).shape, seed=10 * i)))
     metrics = collect_metric(model, layers, batches)
-    with_low_rank, without = (cap(lambda: copy.deepcopy(model), 0.75, batches, metrics=metrics, scope="matrix", rank_share=share)
+    with_low_rank, without = (cap(lambda: copy.deepcopy(model), 0.75, batches, metrics=metrics, keep=same_share_of_matrices, rank_share=share)
                               for share in (0.5, 0))
     assert predicted_loss(model, metrics, with_low_rank) < 0.02 * predicted_loss(model, metrics, without)
 
@@ -1858,7 +2108,7 @@ def test_low_rank_plus_sparse_weights_are_found_in_a_model():
 def test_the_global_mask_predicts_less_loss_than_a_uniform_one():
     model, batches = tiny_gpt2(), [tokens(8, 32)]
     metrics = collect_metric(model, block_layers(model), batches)
-    everywhere, uniform = (cap(batches=batches, metrics=metrics, scope=scope) for scope in ("model", "matrix"))
+    everywhere, uniform = (cap(batches=batches, metrics=metrics, keep=keep) for keep in (None, same_share_of_matrices))
     assert predicted_loss(model, metrics, everywhere) < predicted_loss(model, metrics, uniform)
 
 
@@ -1907,7 +2157,7 @@ def test_choosing_leaves_the_dense_model_alone(estimator):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"rank_share": 0.3, "scope": "matrix"}, {"scale": False}, {"estimator": "policy"}], ids=str)
+    {}, {"rank_share": 0.3, "keep": same_share_of_matrices}, {"scale": False}, {"estimator": "policy"}], ids=str)
 @pytest.mark.parametrize("dead", ["inputs", "outputs"])
 def test_cap_bears_a_layer_that_does_nothing(dead, settings):
     model = tiny_gpt2()
@@ -1932,7 +2182,7 @@ def test_an_impossible_ratio_of_cap_is_named(ratio):
 
 @pytest.mark.parametrize("make", MODELS)
 def test_a_uniform_mask_takes_the_same_share_of_every_matrix(make):
-    model = cap(make, scope="matrix", rank_share=0)
+    model = cap(make, keep=same_share_of_matrices, rank_share=0)
     for name, layer in block_layers(make()).items():
         new = model.get_submodule(name)
         stored = sum(p.numel() for p in new.parameters()) - (0 if layer.bias is None else layer.bias.numel())
@@ -2043,9 +2293,6 @@ def test_oats_keeps_its_budget(m, n, ratio, rank_share, monkeypatch):
 
 # ---- command line -------------------------------------------------------------------------------
 
-RPCA_LINE = "--model {house}/model --calib {house}/train --eval {house}/test --seqlen 16 --metric-batches 2 --eval-blocks 3 "
-
-
 @pytest.fixture(scope="session")
 def cap_demo(tmp_path_factory):
     """(metrics.json, folder, stdout) of the bundled model's run, stderr checked to be empty."""
@@ -2069,7 +2316,7 @@ def test_cap_demo_metrics_tell_the_whole_run(cap_demo):
     report, folder, out = cap_demo
     asked = {"method", "model", "ratio", "seed", "compressible_params", "kept_params", "dense_bytes", "file_bytes", "seconds",
              "peak_memory_bytes", "ppl", "eval", "layers", "calib", "seqlen", "batch_size", "metric_batches", "estimator",
-             "rank_share", "rounds", "no_scale", "no_refit", "scope"}
+             "rank_share", "rounds", "no_scale", "no_refit"}
     assert asked <= report.keys() and report["method"] == "cap" and report["estimator"] == "metric"
     assert report["ppl"].keys() == {"dense", "magnitude", "wanda", "compressed"} == report["gap"].keys()
     assert report["eval"]["data"] == report["calib"] == "stdlib"
@@ -2114,7 +2361,7 @@ def test_cap_demo_folder_scores_the_same_in_a_new_process(cap_demo, demo_text, t
 
 def test_every_flag_of_cap_reaches_the_method(command, tmp_path):
     seen = {}
-    for flag in ["", "--seed 1", "--rank-share 0.3", "--rounds 1", "--no-scale", "--no-refit", "--scope matrix", "--scope row", "--estimator policy",
+    for flag in ["", "--seed 1", "--rank-share 0.3", "--rounds 1", "--no-scale", "--no-refit", "--estimator policy",
                  "--ratio 0.4"]:
         code, out, err = command("rpca.py", f"{RPCA_LINE} {flag} --out folder --overwrite")
         assert (code, err) == (0, "")
@@ -2134,7 +2381,7 @@ def test_a_cap_run_can_be_repeated(command, tmp_path):
 def test_help_of_cap_shows_every_flag(command):
     code, out, _ = command("rpca.py", "--help")
     flags = "model device dtype ratio calib eval same-text seqlen batch-size metric-batches eval-seqlen eval-stride " \
-            "eval-blocks seed out overwrite estimator rank-share rounds no-scale no-refit scope"
+            "eval-blocks seed out overwrite estimator rank-share rounds no-scale no-refit"
     assert code == 0 and all(f"--{flag} " in out or f"--{flag}\n" in out for flag in flags.split())
 
 

@@ -23,6 +23,20 @@ from common.cli import Job, between, run, run_parser, whole
 from common.layers import swapped
 from eval_ppl import perplexity
 
+def same_share_of_matrices(drafts, count):
+    share = count / sum(draft.m * draft.n for draft in drafts)
+    for draft in drafts:
+        rpca.keep_worthiest([draft], int(share * draft.m * draft.n))
+
+
+def same_share_of_rows(drafts, count):
+    share = count / sum(draft.m * draft.n for draft in drafts)
+    for draft in drafts:
+        top = draft.worth().topk(int(share * draft.n), dim=1).indices
+        S = draft.S.to(draft.device)
+        draft.set_sparse(torch.zeros_like(S).scatter(1, top, S.gather(1, top)))
+
+
 SOCO = {                                             # name: settings of soco.compressed_layers
     "full method": {},
     "no learning": {"steps": 0},
@@ -39,8 +53,8 @@ CAP = {                                              # name: settings of rpca.co
     "one round (the initial mask, refitted)": {"rounds": 1},
     "no scale": {"scale": False},
     "twice the low-rank part": {"rank_share": 2 * rpca.RANK_SHARE},
-    "the same share of every matrix": {"scope": "matrix"},
-    "the same share of every row": {"scope": "row"},
+    "the same share of every matrix": {"keep": same_share_of_matrices},
+    "the same share of every row": {"keep": same_share_of_rows},
     "no refit": {"refitted": False},
     "policy gradient": {"estimator": "policy"},
 }

@@ -10,7 +10,7 @@ from common.layers import dense_like, matrix
 
 def prune_all(prune, layers, metrics, ratio):
     """{layer: dense layer} of prune(W, G, ratio) for every one of `layers` {name: layer}."""
-    return {layer: dense_like(layer, prune(matrix(layer).float(), metrics[name].G, ratio), layer.bias)
+    return {layer: dense_like(layer, prune(W := matrix(layer).float(), metrics[name].G.to(W.device), ratio), layer.bias)
             for name, layer in layers.items()}
 
 

@@ -2,6 +2,7 @@
 
 metric.py     what a change of a weight costs the loss: one currency for both methods
 layers.py     the weights that are compressed, and putting others in their place
+sparse.py     the layer that rpca.py stores; soco.py's stands there
 folder.py     the saved folder
 processes.py  several devices, under torchrun
 cli.py        flags, bad input, loading a model, the report of a run

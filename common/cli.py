@@ -279,8 +279,12 @@ class Job:
         print("perplexity: " + ", ".join(f"{name} {value}" for name, value in self.eval.items()) + f", device {self.device}")
         print(f"{'':34} {'perplexity':>12} {'gap':>9} {'block numbers':>14} {'MB':>10}")
 
-    def finish(self, layers):
-        """Save the compressed model with its tokenizer, metrics.json and model card; print where."""
+    def finish(self, kept):
+        """Save the compressed model with its tokenizer, metrics.json and model card; print where.
+
+        kept: {name: {"rank": of the matrix or "dense", "nonzeros": of its sparse part, if it has one}}.
+        """
+        layers = [{"name": name, "shape": tuple(matrix(layer).shape), **kept[name]} for name, layer in self.layers.items()]
         compressible = sum(matrix(layer).numel() for layer in self.layers.values())
         print("kept share of each matrix, block by block, in tenths (D: all of it, dense)\n" + allocation(layers))
         print("not touched: " + "; ".join(f"{name} {' x '.join(map(str, shape))} ({reason})" for name, shape, reason in self.untouched))

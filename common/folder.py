@@ -12,12 +12,13 @@ import torch
 from common import UserError
 from common.layers import is_matrix, swap
 
-FORMAT = 1                                       # of the folder; a newer one is refused
+FORMAT = 2                                       # of the folder; another is refused
 SCRIPT_OF = {"soco": "soco", "cap": "rpca"}      # the module to import before such a folder can be loaded
 
 
 def register(method, build):
-    """Teach transformers to load folders of `method`; build(layer, **spec) makes an empty replacement of a layer."""
+    """Teach transformers to load folders of `method`; build(layer, shapes) makes the empty replacement of a
+    dense layer whose tensors have the shapes {name: shape}."""
     from transformers.quantizers import auto
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,8 +28,8 @@ def register(method, build):
     class CompressedConfig(QuantizationConfigMixin):
         def __init__(self, layers, format, **ignored):
             self.quant_method, self.layers, self.format = method, layers, format
-            if format > FORMAT:
-                raise UserError(f"this folder has format {format}, this program reads up to {FORMAT}: update it")
+            if format != FORMAT:
+                raise UserError(f"this folder has format {format}, and this program reads {FORMAT}: use the version that wrote it")
 
     class CompressedQuantizer(HfQuantizer):
         requires_calibration = False
@@ -46,13 +47,13 @@ def register(method, build):
 
 
 def rebuild(model, specs, build):
-    """Replace each named layer of a model by build(layer, **spec), its weights still to be loaded."""
+    """Replace each named layer of a model by build(layer, shapes), its weights still to be loaded."""
     layers = dict(model.named_modules())
     unknown = [name for name in specs if not is_matrix(layers.get(name))]
     if unknown:
         raise UserError(f"config.json names layer {unknown[0]}, which {type(model).__name__} does not have")
     with torch.device("meta"):
-        swap(model, {layers[name]: build(layers[name], **spec) for name, spec in specs.items()})
+        swap(model, {layers[name]: build(layers[name], shapes) for name, shapes in specs.items()})
 
 
 @contextlib.contextmanager
@@ -71,9 +72,12 @@ def new_folder(folder, overwrite=False):
         fresh.rename(folder)
 
 
-def mark_compressed(model, method, specs):
-    """Write into a model's config what became of each layer: specs {name: keywords of `build`}."""
-    model.config.quantization_config = {"quant_method": method, "format": FORMAT, "layers": specs}
+def install(model, method, layers, new):
+    """Put new[layer] in place of each of `layers` {name: layer}, and write the shapes of its tensors into the model's config."""
+    swap(model, new)
+    shapes = {name: {key: list(tensor.shape) for key, tensor in new[layer].state_dict().items()} for name, layer in layers.items()}
+    model.config.quantization_config = {"quant_method": method, "format": FORMAT, "layers": shapes}
+    return model
 
 
 @contextlib.contextmanager

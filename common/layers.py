@@ -8,8 +8,8 @@ from common import UserError
 def block_layers(model):
     """{name: layer} of every nn.Linear and Conv1D that stands inside the model's repeated blocks.
 
-    Raises UserError for a model without any, for one that is quantized or compressed already, for one with experts in
-    3-D parameters, and for a layer whose weight is not in memory.
+    Raises UserError for a model without any, for one that is quantized or compressed already, and for one with experts
+    in 3-D parameters.
     """
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise UserError(f"{type(model).__name__} is quantized or compressed already: give the dense model")
@@ -21,9 +21,6 @@ def block_layers(model):
     layers = {name: module for name, module in model.named_modules() if name.startswith(inside) and is_matrix(module)}
     if not layers:
         raise UserError(f"{type(model).__name__} has no nn.Linear or Conv1D inside repeated blocks: nothing to compress")
-    away = next((name for name, layer in layers.items() if layer.weight.is_meta), None)
-    if away:
-        raise UserError(f"layer {away} is on the meta device, offloaded or not loaded: load the model without offloading")
     return layers
 
 

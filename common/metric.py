@@ -14,7 +14,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from common import UserError, bar
 from common.layers import frozen, input_device
@@ -27,21 +26,24 @@ class Metric:
     R: torch.Tensor      # diagonal of E[g g^T] [m] float32, gradients of the loss at the outputs
 
 
-def draw(logits, batch, length):
-    """Labels [batch * length] drawn from softmax(logits) [batch * length, vocab], by the CPU's random numbers: the same
+def draw(p, batch, length):
+    """Labels [batch * length] drawn from distributions p [batch * length, vocab], by the CPU's random numbers: the same
     on any device, and for any number of processes that share out a batch."""
-    u = torch.rand(batch * world(), length, device="cpu")[rank()::world()].flatten().to(logits.device)
-    cdf = logits.softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None])[:, 0].clamp_max(logits.shape[-1] - 1)
+    u = torch.rand(batch * world(), length, device="cpu")[rank()::world()].flatten().to(p.device)
+    total = p.cumsum(-1)
+    return torch.searchsorted(total, (u * total[:, -1])[:, None])[:, 0].clamp_max(p.shape[-1] - 1)
 
 
 def collect_metric(model, layers, batches, progress=False):
-    """{name: Metric} of `layers` {name: layer} over `batches` of token ids [batch, length].
+    """{name: Metric}, in main memory, of `layers` {name: layer} over `batches` of token ids [batch, length].
 
     One pass forward and one backward of the whole model a batch, watched by hooks; sums in float32. The labels are
     drawn from the model's own prediction: E[g g^T] is then the Fisher matrix, the curvature of KL(model || changed
-    model), and not that of one text. Raises UserError for a layer that no token reached.
+    model), and not that of one text. Raises UserError for a layer that no token reached, or whose weight is not in memory.
     """
+    away = next((name for name, layer in layers.items() if layer.weight.is_meta), None)
+    if away:
+        raise UserError(f"layer {away} is on the meta device, offloaded or not loaded: load the model without offloading")
     G, R, same_input, tokens = {}, dict.fromkeys(layers, 0), {}, 0
     latest = (None, None)                                    # q, k and v read the same tensor: one Gram matrix for all
 
@@ -52,16 +54,18 @@ def collect_metric(model, layers, batches, progress=False):
         else:
             latest = (name, inputs[0])
             x = inputs[0].detach().flatten(0, -2).float()
-            G[name] = G.get(name, 0) + x.T @ x
-        output.register_hook(lambda g: R.update({name: R[name] + g.flatten(0, -2).float().square().sum(0)}))
+            G[name] = G.get(name, 0) + (x.T @ x).cpu()
+        output.register_hook(lambda g: R.update({name: R[name] + g.flatten(0, -2).float().square().sum(0).cpu()}))
 
     hooks = [layer.register_forward_hook(functools.partial(watch, name)) for name, layer in layers.items()]
     hooks.append(model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()))
     try:
         with frozen(model):                                  # gradients of the outputs are all that is asked for
             for ids in bar(batches, progress, desc="metric", unit="batch"):
-                logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1).float()
-                F.cross_entropy(logits, draw(logits.detach(), *ids.shape), reduction="sum").backward()
+                logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1)
+                p = logits.detach().softmax(-1, dtype=torch.float32)
+                p[torch.arange(len(p), device=p.device), draw(p, *ids.shape)] -= 1
+                logits.backward(p.to(logits.dtype))          # the gradient of -log p[label]
                 latest, tokens = (None, None), tokens + ids.numel()
     finally:
         for hook in hooks:

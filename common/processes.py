@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 def join(device_type):
@@ -16,7 +17,7 @@ def join(device_type):
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    torch.optim.optimizer.register_optimizer_step_pre_hook(
+    register_optimizer_step_pre_hook(
         lambda optimizer, *call: average([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]))
 
 
@@ -37,8 +38,9 @@ def average(tensors):
     """Replace each tensor, in place, by its mean over the processes."""
     if world() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= world()
+            total = tensor.cuda() if dist.get_backend() == "nccl" else tensor         # NCCL sums on CUDA devices only
+            dist.all_reduce(total)
+            tensor.copy_(total / world())
 
 
 def shared_out(work, items):
