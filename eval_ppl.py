@@ -39,7 +39,8 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=False):
     """exp of the mean negative log-likelihood of `ids` [tokens], in windows of `seqlen` tokens.
 
     stride: tokens from one window to the next (default seqlen: blocks that share nothing).
-    blocks: score only the first so many windows. Raises ValueError when there is not one whole window.
+    blocks: score only the first so many windows. Raises ValueError when there is not one whole window, and
+    FloatingPointError when the result is not finite.
     """
     stride = stride or seqlen
     starts = range(0, len(ids) - seqlen + 1, stride)[:blocks]
@@ -60,6 +61,8 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=False):
             nats += F.cross_entropy(logit.float(), target, reduction="sum").item()
         tokens += (targets != -100).sum().item()
     model.train(training)
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"perplexity is {nats}: the model's logits are not finite in {model.dtype}; try --dtype float32")
     return Perplexity(math.exp(min(nats / tokens, 700)), nats / tokens, tokens)
 
 
@@ -123,7 +126,7 @@ def load_text(name, split):
         raise UserError(f"{name!r} is no text: give a text file, or one of {', '.join(TEXTS)}")
     try:
         return TEXTS[name](split)
-    except (OSError, StopIteration) as error:
+    except (OSError, StopIteration, zipfile.BadZipFile) as error:
         raise UserError(f"cannot get {name} from the hub ({type(error).__name__}): give a text file, or stdlib") from error
 
 
@@ -156,7 +159,7 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer = load_model(args.model, device, dtype)
+    model, tokenizer = load_model(args.model, device, dtype, revision=args.revision, trust_remote_code=args.trust_remote_code)
     seqlen = args.seqlen or min(longest_input(model) or 2048, 2048)
     if (args.stride or seqlen) > seqlen:
         raise UserError(f"--stride {args.stride} is longer than the window, {seqlen} tokens: it would skip text")

@@ -1,5 +1,4 @@
-"""CAP: split every weight matrix by robust PCA into low-rank plus sparse, then choose globally what is kept
-(arXiv 2505.03801).
+"""CAP: robust PCA of every weight matrix into low-rank plus sparse, then one global choice (arXiv 2505.03801).
 
     python rpca.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 
 from common import UserError, bar
 from common.folder import install, load, register, save    # load and save stand here for whoever imports this module
-from common.layers import block_layers, input_device, matrix, swapped
+from common.layers import block_layers, frozen, input_device, matrix, swapped
 from common.metric import collect_metric, threshold
 from common.processes import average, shared_out
 from common.sparse import LowRankPlusSparse
@@ -72,8 +71,9 @@ def singular_value_threshold(A, tau, nearby=None):
     """argmin over L of tau |L|_* + |L - A|_F^2 / 2, as U, sigma, V: singular values shrunk by tau, those at zero left out.
 
     From the eigenvectors Q of the smaller Gram matrix: with A [..., m, n], m <= n, L = Q diag(shrunk / sigma) Q^T A.
-    nearby: U, sigma, V of a matrix that is near L. If they are few, A is first projected on their span, widened
-    by ten random directions and two steps of subspace iteration; not if a singular value above tau could be missed.
+    In float32, singular values under 1e-3 of the largest are lost in rounding. nearby: U, sigma, V of a matrix near L; if
+    they are few, A is first projected on their span, widened by ten random directions and two steps of subspace iteration.
+    A singular value that has just risen above tau can so be missed for a call or two.
     """
     if A.shape[-2] > A.shape[-1]:
         U, sigma, V = singular_value_threshold(A.mT, tau, nearby and tuple(part.mT if part.ndim == A.ndim else part for part in nearby[::-1]))
@@ -116,17 +116,17 @@ def project(p, cost, budget):
     return moved(high)
 
 
-def score_function(mask, p):
-    """d log P(mask) / dp of independent Bernoulli masks: (mask - p) / (p (1 - p)) (CAP, stage 2)."""
-    return (mask - p) / (p * (1 - p))
+def score_function(mask, p, edge=0.0):
+    """d log P(mask) / dp of independent Bernoulli masks, (mask - p) / (p (1 - p)) (CAP, stage 2); edge > 0 bounds it
+    near p = 0 and 1, and makes it 0 there, where the mask never varies."""
+    return (mask - p) / (p * (1 - p)).clamp_min(edge * (1 - edge))
 
 
-def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, edge=0.01, generator=None, progress=False):
+def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generator=None, progress=False):
     """Learn probabilities from forward passes alone (REINFORCE, as the paper has it); returns p and the losses.
 
     loss_of(masks, step) -> loss of one draw. Each step draws masks ~ Bernoulli(p) and moves p by
     -lr (loss - baseline) score_function, the baseline being the mean of the last `window` losses; then p is projected.
-    p is held `edge` away from 0 and 1 where the score function is evaluated, so that no single draw moves it without bound.
     """
     losses = []
     for step in bar(range(steps), progress, desc="policy", unit="draw"):
@@ -134,7 +134,7 @@ def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, edge=0.0
         loss = loss_of(masks, step)
         baseline = sum(losses[-window:]) / len(losses[-window:]) if losses else loss
         losses.append(loss)
-        p = [q - lr * (loss - baseline) * score_function(m, q.clamp(edge, 1 - edge)) for q, m in zip(p, masks)]
+        p = [q - lr * (loss - baseline) * score_function(m, q, edge=0.01) for q, m in zip(p, masks)]
         p = project(p, cost, budget)
     return p, losses
 
@@ -160,11 +160,12 @@ def keep_most_probable(p, cost, budget):
 def refit(T, S, mask, G, iterations=12, damping=1e-3):
     """Values of S on `mask` that bring S x closest to T x: min tr((T - S) G (T - S)^T), all rows at once.
 
-    T, S [m, n]: target and start; G [n, n]: Gram matrix of the inputs. Conjugate gradients on the masked entries,
+    T, S [m, n]: target and start; G [n, n]: Gram matrix of the inputs, with damping * mean on its diagonal. Conjugate gradients on the masked entries,
     preconditioned by diag(G); the error falls with every iteration. Each row of mask is its own least-squares problem,
     too many to factorise; SparseGPT (arXiv 2301.00774) solves them column by column, approximately.
     """
-    G = G + damping * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    G = G.clone()
+    G.diagonal().add_(damping * G.diagonal().mean())
     tiny = torch.finfo(G.dtype).tiny
     scale = G.diagonal().clamp_min(tiny)
     S = S * mask
@@ -173,7 +174,8 @@ def refit(T, S, mask, G, iterations=12, damping=1e-3):
     square = (residual * step).sum(1, keepdim=True)
     for _ in range(iterations):
         image = (direction @ G) * mask
-        length = square / (direction * image).sum(1, keepdim=True).clamp_min(tiny)
+        curvature = (direction * image).sum(1, keepdim=True)
+        length = torch.where(curvature > 0, square / curvature, 0.0)
         S, residual = S + length * direction, residual - length * image
         step = residual / scale
         square, before = (residual * step).sum(1, keepdim=True), square
@@ -222,11 +224,8 @@ class Draft(nn.Module):
         self.m, self.n = matrix(layer).shape
         self.set_low_rank(self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n))
 
-    def weight(self):
-        return matrix(self.layer).to(self.device).float()
-
     def scaled(self):
-        return self.rows[:, None] * self.weight() * self.columns
+        return self.rows[:, None] * matrix(self.layer).to(self.rows) * self.columns
 
     def set_low_rank(self, U, V):
         """L from factors [m, k], [k, n] in scaled units; S is what L leaves of W."""
@@ -238,7 +237,7 @@ class Draft(nn.Module):
 
     def target(self):
         """W - L [m, n], what S is to stand for."""
-        return self.weight() - self.U @ self.V
+        return matrix(self.layer).to(self.rows) - self.U @ self.V
 
     def worth(self):
         """Predicted loss of dropping each entry of S [m, n] float32."""
@@ -253,7 +252,8 @@ class Draft(nn.Module):
 
     def finish(self):
         half = (self.U.norm(dim=0) / self.V.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-15)
-        return LowRankPlusSparse.of(self.U / half, half[:, None] * self.V, self.S, self.layer.bias, self.layer.weight)
+        S, self.S = self.S, None                                      # let go of it
+        return LowRankPlusSparse.of(self.U / half, half[:, None] * self.V, S, self.layer.bias, self.layer.weight)
 
 
 def compress(model, batches, ratio=0.5, metrics=None, progress=False, **settings):
@@ -273,15 +273,15 @@ def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric"
     """{layer: LowRankPlusSparse} for `layers` {name: layer} of a model, which is left as it was.
 
     estimator: "metric" or "policy" (the paper's). rank_share: of each matrix's numbers, for its L. rounds: of pruning and
-    refitting. keep: another rule than `keep_worthiest`, for comparison. device: where matrices are worked on, one at a
-    time (default: where each lies). Raises UserError for an impossible ratio.
+    refitting, or of the policy over the batches (the paper: 3). keep: another rule than `keep_worthiest`, to compare.
+    device: where matrices are worked on, one at a time (default: where each lies). Raises UserError for an impossible ratio.
     """
     if not 0 < ratio < 1:
         raise UserError(f"ratio {ratio} is not between 0 and 1")
     drafts = [Draft(layer, metrics[name], scale, device) for name, layer in layers.items()]
     budget = int((1 - ratio) * sum(draft.m * draft.n for draft in drafts))
     if estimator == "policy":
-        choose_by_policy(model, drafts, batches, budget, seed, progress)
+        choose_by_policy(model, drafts, batches, budget, rounds, seed, progress)
         if refitted:
             refit_all(drafts)
     else:
@@ -328,12 +328,10 @@ def choose_by_metric(drafts, budget, rounds, keep, refitted, progress):
             refit_all(drafts)
 
 
-def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
-    """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient.
-
-    The probabilities start at worth / (worth + cost * mean worth), projected on the budget: what the metric would say.
-    """
-    splits = [RPCA(*split, None) for split in bar(shared_out(lambda draft: rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4], drafts),
+def choose_by_policy(model, drafts, batches, budget, rounds, seed, progress):
+    """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient, from a start at
+    worth / (worth + cost * mean worth), projected on the budget: what the metric would say."""
+    splits = [RPCA(*(part.to(drafts[0].device) for part in split), None) for split in bar(shared_out(lambda draft: rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4], drafts),
                                                   progress, total=len(drafts), desc="robust PCA", unit="matrix")]
     worths = [worth for split in splits for worth in (split.sigma.square(), split.S.square())]
     cost = [each for draft in drafts for each in (draft.m + draft.n, 1)]
@@ -347,7 +345,7 @@ def choose_by_policy(model, drafts, batches, budget, seed, progress, rounds=3):
     def loss_of(masks, step):
         set_masks(masks)
         ids = batches[step % len(batches)].to(input_device(model))
-        with torch.no_grad(), swapped(model, {draft.layer: draft for draft in drafts}):
+        with frozen(model), torch.no_grad(), swapped(model, {draft.layer: draft for draft in drafts}):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
         average([loss])
@@ -375,16 +373,16 @@ def main():
     parser = run_parser(__doc__, metric_batches=32)
     parser.add("--estimator", "of the mask: metric, or the paper's policy gradient", choices=ESTIMATORS, default="metric")
     parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(0, 1, or_low=True), default=RANK_SHARE)
-    parser.add("--rounds", "of pruning and refitting", type=whole(1), default=5)
+    parser.add("--rounds", "of pruning and refitting, or of the policy over the batches", type=whole(1), default=5)
     parser.add("--no-scale", "split and choose in the units of W, without the metric", action="store_true")
     parser.add("--no-refit", "keep the values that stage 1 gave", action="store_true")
     args = parser.parse_args()
     job = Job(args, "cap")
-    model, layers = job.model, job.layers
+    model = job.model
     job.score("dense", "dense")
     metrics = job.metrics()
     for key, label, prune in [("magnitude", "magnitude", magnitude), ("wanda", "Wanda, row-wise", wanda)]:
-        job.baseline(key, label, lambda: prune_all(prune, layers, metrics, args.ratio))
+        job.baseline(key, label, lambda: prune_all(prune, block_layers(model), metrics, args.ratio), pruned=True)
     with job.clock("compress"):
         compress(model, job.batches(args.metric_batches), args.ratio, metrics, progress=True, estimator=args.estimator,
                  rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, refitted=not args.no_refit, seed=args.seed, device=job.device)

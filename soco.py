@@ -15,7 +15,6 @@ target, and components dropped too early come back;  3 *polarise*: the choice is
 good, and the survivors' scores grow to make up for them.  Then each layer is stored as two thin products, or dense
 where that costs less.
 """
-import contextlib
 import math
 
 import torch
@@ -24,9 +23,9 @@ import torch.nn.functional as F
 
 from common import UserError, bar
 from common.folder import install, load, register, save    # load and save stand here for whoever imports this module
-from common.layers import block_layers, dense_like, frozen, input_device, matrix, swapped
+from common.layers import block_layers, dense_like, enable_checkpointing, frozen, input_device, matrix, swapped
 from common.metric import collect_metric
-from common.processes import shared_out
+from common.processes import average, shared_out
 
 
 # ---- the mathematics ----------------------------------------------------------------------------
@@ -40,8 +39,8 @@ def factor(W, G=None, R=None, damping=1e-4):
     """
     A = W.double()
     if G is not None:
-        G = G.double()
-        G = G + damping * G.diagonal().mean().clamp_min(1e-30) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+        G = G.to(torch.float64, copy=True)
+        G.diagonal().add_(damping * G.diagonal().mean().clamp_min(1e-30))
         L = torch.linalg.cholesky(G)
         A = A @ L
     if R is not None:
@@ -165,6 +164,8 @@ class ScoredLinear(nn.Module):
 
     def drop(self, keep):
         """Remove the living components where keep [alive] is false."""
+        if keep.all():
+            return
         self.U, self.V = self.U[:, keep].contiguous(), self.V[keep].contiguous()
         self.alive, self.kept = self.alive[keep], self.kept[keep]
 
@@ -317,7 +318,7 @@ def learn(model, layers, batches, budget, steps, lr, deviation, stages, progress
         optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / steps) / max(stages[2], 1e-9)))
     with frozen(model, checkpointing=True):
         for p in scores + deviations:
-            p.requires_grad_(True)
+            p.requires_grad_(True).grad = torch.zeros_like(p)
         steps_bar = bar(range(steps), progress, desc="learn", unit="step")
         for step in steps_bar:
             before, (stage, target) = stage, stage_and_target(step, steps, stages, budget, numbers)
@@ -327,11 +328,10 @@ def learn(model, layers, batches, budget, steps, lr, deviation, stages, progress
                     layer.drop(layer.kept.bool())                     # what is outside the pool cannot come back
                 kept = keep_best(layers, target)
             ids = batches[step % len(batches)].to(input_device(model))
-            with torch.no_grad(), teacher(layers):
-                dense_logits = model(input_ids=ids, use_cache=False).logits
-            loss = KLDivergence.apply(dense_logits, model(input_ids=ids, use_cache=False).logits)
-            optimizer.zero_grad()
-            loss.backward()
+            loss = KLDivergence.apply(teacher(model, layers, ids), model(input_ids=ids, use_cache=False).logits)
+            optimizer.zero_grad(set_to_none=False)
+            (loss * ids.numel()).backward()                           # Adam does not see the factor; float16 needs it
+            average([loss.detach(), *(p.grad for p in scores + deviations)])
             if not torch.stack([loss.detach(), *(S.grad.sum().to(loss.device) for S in scores)]).isfinite().all():
                 raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1} of {steps} "
                                          f"(loss {loss.item()}): lower the learning rate, --lr, now {lr}")
@@ -342,16 +342,15 @@ def learn(model, layers, batches, budget, steps, lr, deviation, stages, progress
         keep_best(layers, budget)
 
 
-@contextlib.contextmanager
-def teacher(layers):
-    """Let the dense layers answer: the compressed model is its own teacher, and shares everything else with it."""
+@torch.no_grad()
+def teacher(model, layers, ids):
+    """Logits of the dense layers: the compressed model is its own teacher, and shares everything else with it."""
     for layer in layers:
         layer.teacher = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.teacher = False
+    logits = model(input_ids=ids, use_cache=False).logits
+    for layer in layers:
+        layer.teacher = False
+    return logits
 
 
 # ---- load, command -------------------------------------------------------------------------------
@@ -376,16 +375,16 @@ def main():
     parser.add("--gradient-checkpointing", "recompute activations when learning: less memory, more time", action="store_true")
     args = parser.parse_args()
     job = Job(args, "soco")
-    model, layers, device = job.model, job.layers, job.device
-    budget_for(layers, args.ratio, not args.no_deviation)            # refuses an impossible ratio before any work
+    model, device = job.model, job.device
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    budget_for(block_layers(model), args.ratio, not args.no_deviation)        # refuses an impossible ratio before any work
     job.score("dense", "dense")
     metrics = job.metrics()
     for key, label, basis in [("svd", "plain SVD, same share", "plain"), ("svd_whitened", "whitened SVD, same share", "whitened")]:
-        job.baseline(key, label, lambda: truncate(layers, metrics, basis, args.ratio, device, progress=True))
+        job.baseline(key, label, lambda: truncate(block_layers(model), metrics, basis, args.ratio, device, progress=True))
     job.baseline("svd_global", f"{args.basis} SVD, global choice", lambda: compressed_layers(
-        model, layers, metrics, [], args.ratio, steps=0, basis=args.basis, device=device, progress=True))
-    if args.gradient_checkpointing:                                  # the older name is transformers' until version 6
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model, block_layers(model), metrics, [], args.ratio, steps=0, basis=args.basis, device=device, progress=True))
     with job.clock("learn"):
         compress(model, job.batches(max(args.steps, 1)), args.ratio, args.steps, metrics, progress=True,
                  lr=args.lr, basis=args.basis, deviation=not args.no_deviation, device=device)

@@ -41,7 +41,7 @@ from bench import baselines
 from bench.ablate import same_share_of_matrices, same_share_of_rows
 from common import UserError, cli, metric, sparse
 from common.cli import sample_blocks
-from common.layers import block_layers, dense_like, matrix, swap, swapped, untouched
+from common.layers import block_layers, dense_like, enable_checkpointing, matrix, swap, swapped, untouched
 from common.metric import collect_metric
 from eval_ppl import encode, perplexity
 from soco import (BASES, KLDivergence, LowRankLinear, ScoredLinear, choose, compress, compressed_layers, factor, load, save,
@@ -819,8 +819,9 @@ def test_every_architecture_is_compressed_saved_and_loaded(kind, method, tmp_pat
         torch.testing.assert_close(logits(model, ids), dense, rtol=1e-3, atol=1e-3 * dense.abs().max().item())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     method.compress(model, [ids], 0.4, **{soco: {"steps": 2}, rpca: {}}[method])
-    numbers = sum(matrix(layer).numel() for layer in layers.values())
-    assert 0.5 * numbers < cli.block_numbers(model, layers) <= 0.6 * numbers
+    shapes = {name: (*matrix(layer).shape, layer.bias is not None) for name, layer in layers.items()}
+    numbers = sum(m * n for m, n, _ in shapes.values())
+    assert 0.5 * numbers < cli.block_numbers(model, shapes)[0] <= 0.6 * numbers
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     save(model, tmp_path / "model")
     assert torch.equal(logits(load(tmp_path / "model"), ids), logits(model, ids))
@@ -977,7 +978,7 @@ def test_gradient_checkpointing_learns_the_same_and_recomputes():
     for checkpointing in (False, True):
         model = tiny_llama()
         if checkpointing:
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            enable_checkpointing(model)
         count = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *call: count.append(1))
         torch.manual_seed(0)
@@ -1132,8 +1133,25 @@ def house(tmp_path_factory):
     shutil.copytree(folder / "model", folder / "pickled")
     torch.save(load_file(folder / "pickled" / "model.safetensors"), folder / "pickled" / "pytorch_model.bin")
     (folder / "pickled" / "model.safetensors").unlink()
+    def edit_config(name, change):
+        shutil.copytree(folder / "compressed", folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        change(config["quantization_config"])
+        (folder / name / "config.json").write_text(json.dumps(config))
+
+    def one_rank_more(config):
+        layer = next(shapes for shapes in config["layers"].values() if "down.weight" in shapes)
+        layer["down.weight"][0] += 1
+
+    edit_config("newer", lambda config: config.update(format=99))
+    edit_config("other-ranks", one_rank_more)
+    edit_config("strange-layers", lambda config: config.update(layers={"transformer.h.9.mlp.c_fc": {"down.weight": [1, 24]}}))
+    edit_config("no-layers", lambda config: config.pop("layers"))
+    keep(tiny("mixtral", **BLOCK, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2), "experts")
     shutil.copytree(folder / "model", folder / "torn")
     os.truncate(folder / "torn" / "model.safetensors", 5000)
+    shutil.copytree(folder / "compressed", folder / "torn-compressed")
+    os.truncate(folder / "torn-compressed" / "model.safetensors", 5000)
     (folder / "empty").mkdir()
     for seed, name in enumerate(["train", "test", "other"]):
         (folder / name).write_text(text(1000, seed))
@@ -1373,6 +1391,7 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is present"
     ("--model {house}/pickled", ["{house}/pickled", "safetensors"]),
     ("--model {house}/nan", ["{house}/nan", "transformer.h.1.mlp.c_fc.weight"]),
     ("--model {house}/blockless", ["GPT2LMHeadModel", "Linear"]),
+    ("--model {house}/experts", ["{house}/experts", "3-D", "experts"]),
     ("--model {house}/compressed", ["{house}/compressed", "compressed already"]),
     ("--calib {house}/short", ["{house}/short", "10 tokens", "16"]),
     ("--eval {house}/short", ["{house}/short", "10 tokens", "64"]),
@@ -1407,6 +1426,11 @@ def test_bad_input_is_one_line_and_writes_nothing(line, named, command, house, t
 @pytest.mark.parametrize("line, named", [
     ("--model {house}/nan", ["transformer.h.1.mlp.c_fc.weight"]),
     ("--model {house}/partly-compressed --eval {house}/test", ["{house}/partly-compressed", "up.weight"]),
+    ("--model {house}/newer", ["{house}/newer", "format 99"]),
+    ("--model {house}/torn-compressed", ["{house}/torn-compressed"]),
+    ("--model {house}/other-ranks", ["{house}/other-ranks", "shape"]),
+    ("--model {house}/strange-layers", ["{house}/strange-layers", "transformer.h.9.mlp.c_fc"]),
+    ("--model {house}/no-layers", ["{house}/no-layers"]),
     ("--model nobody/no-such-model", ["nobody/no-such-model"]),
     ("--model {house}/model --eval {house}/short", ["{house}/short", "10 tokens", "64"]),
     ("--model {house}/model", ["wikitext2", "stdlib"]),
@@ -2181,9 +2205,11 @@ def test_an_impossible_ratio_of_cap_is_named(ratio):
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_a_uniform_mask_takes_the_same_share_of_every_matrix(make):
+def test_a_uniform_mask_takes_the_same_share_of_every_matrix_or_row(make):
+    rows = cap(make, keep=same_share_of_rows, rank_share=0, rounds=1, refitted=False)
     model = cap(make, keep=same_share_of_matrices, rank_share=0)
     for name, layer in block_layers(make()).items():
+        assert (rows.get_submodule(name).sparse() != 0).sum(1).tolist() == [matrix(layer).shape[1] // 2] * len(matrix(layer))
         new = model.get_submodule(name)
         stored = sum(p.numel() for p in new.parameters()) - (0 if layer.bias is None else layer.bias.numel())
         assert 0 <= matrix(layer).numel() / 2 - stored < 2

@@ -20,7 +20,7 @@ import rpca
 import soco
 from bench.baselines import magnitude, oats, prune_all, sparsegpt, wanda
 from common.cli import Job, between, run, run_parser, whole
-from common.layers import swapped
+from common.layers import block_layers, swapped
 from eval_ppl import perplexity
 
 def same_share_of_matrices(drafts, count):
@@ -45,7 +45,7 @@ SOCO = {                                             # name: settings of soco.co
     "no deviation": {"deviation": False},
     "no stage 2 (its steps to stage 3)": {"stages": (0.5, 0.0, 0.5)},
     "no stage 3 (its steps to stage 2)": {"stages": (0.5, 0.5, 0.0)},
-    "learned ranks, scores set back to 1": {"reset_scores": True},
+    "learned ranks, scores set back to 1, no deviation": {"reset_scores": True},
 }
 CAP = {                                              # name: settings of rpca.compressed_layers
     "full method": {},
@@ -56,15 +56,16 @@ CAP = {                                              # name: settings of rpca.co
     "the same share of every matrix": {"keep": same_share_of_matrices},
     "the same share of every row": {"keep": same_share_of_rows},
     "no refit": {"refitted": False},
-    "policy gradient": {"estimator": "policy"},
+    "policy gradient, the mask it starts from": {"estimator": "policy", "rounds": 0},
+    "policy gradient, three rounds": {"estimator": "policy", "rounds": 3},
 }
 
 
-def soco_layers(job, metrics, batches, reset_scores=False, **changes):
+def soco_layers(job, layers, metrics, batches, reset_scores=False, **changes):
     settings = {"steps": job.args.steps, "lr": job.args.lr, **changes}
     if not reset_scores:
-        return soco.compressed_layers(job.model, job.layers, metrics, batches, job.args.ratio, **settings)
-    scored = soco.scored_layers(job.layers, metrics, "two-sided")
+        return soco.compressed_layers(job.model, layers, metrics, batches, job.args.ratio, **settings)
+    scored = soco.scored_layers(layers, metrics, "two-sided")
     students = list(scored.values())
     budget = (1 - job.args.ratio) * sum(student.m * student.n for student in students)
     with swapped(job.model, scored):
@@ -74,8 +75,8 @@ def soco_layers(job, metrics, batches, reset_scores=False, **changes):
     return {layer: student.finish() for layer, student in scored.items()}
 
 
-def cap_layers(job, metrics, batches, **settings):
-    return rpca.compressed_layers(job.model, job.layers, metrics, batches, job.args.ratio, seed=job.args.seed, **settings)
+def cap_layers(job, layers, metrics, batches, **settings):
+    return rpca.compressed_layers(job.model, layers, metrics, batches, job.args.ratio, seed=job.args.seed, **settings)
 
 
 def main():
@@ -98,7 +99,7 @@ def main():
         parser.error(f"{path} holds a run with other settings: move it away")
 
     def score(variant, make):
-        if variant in results["variants"] or args.only not in variant:
+        if variant in results["variants"] or args.only not in variant and variant != "dense":
             return
         torch.manual_seed(args.seed)
         start = time.perf_counter()
@@ -112,17 +113,17 @@ def main():
         print(f"{variant:44} ppl {ppl.ppl:10.2f}  gap {ppl.nll - results['variants']['dense']['nll']:.4f}  {seconds:.0f} s", flush=True)
 
     score("dense", dict)
-    metrics = job.metrics()
+    metrics, layers = job.metrics(), block_layers(job.model)
     if method == "soco":
-        score("whitened SVD, same share", lambda: soco.truncate(job.layers, metrics, "whitened", args.ratio))
+        score("whitened SVD, same share", lambda: soco.truncate(layers, metrics, "whitened", args.ratio))
         for variant, changes in SOCO.items():
-            score(variant, lambda: soco_layers(job, metrics, job.batches(args.steps), **changes))
+            score(variant, lambda: soco_layers(job, layers, metrics, job.batches(args.steps), **changes))
     else:
         for name, prune in [("magnitude", magnitude), ("Wanda", wanda), ("SparseGPT", sparsegpt)]:
-            score(name, lambda: prune_all(prune, job.layers, metrics, args.ratio))
+            score(name, lambda: prune_all(prune, layers, metrics, args.ratio))
         for variant, changes in CAP.items():
-            score(variant, lambda: cap_layers(job, metrics, job.batches(args.metric_batches), **changes))
-        score("OATS, 20 rounds", lambda: prune_all(functools.partial(oats, rounds=20), job.layers, metrics, args.ratio))
+            score(variant, lambda: cap_layers(job, layers, metrics, job.batches(args.metric_batches), **changes))
+        score("OATS, 20 rounds", lambda: prune_all(functools.partial(oats, rounds=20), layers, metrics, args.ratio))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python bench/cost.py --model FOLDER --dtype bfloat16            # any other
 
 Prints: a learning step of SoCo (averaged over a whole run) against a forward and backward pass of the dense model on
-the same tokens; prefill of the compressed models against dense; bytes of the block weights; `rpca` against the textbook
-ADMM with torch.linalg.svd at the same number of iterations.
+the same tokens; the two stages of CAP against one forward pass over its calibration tokens; prefill of the compressed
+models against dense; bytes of the block weights; `rpca` against the textbook ADMM with torch.linalg.svd at the same
+number of iterations, on a planted low-rank plus sparse matrix and on a random one, whose L has full rank to the end.
 """
 import statistics
 import sys
@@ -19,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rpca
 import soco
 from common.cli import Job, run, run_parser, whole
-from common.layers import swapped
-from common.metric import collect_metric
+from common.layers import block_layers, swapped
 
 
 def seconds(call, repeats=5):
@@ -54,18 +54,26 @@ def objective(L, S, lam):
 
 def solver():
     """`rpca` against the textbook at the same number of iterations."""
+    def random(*shape, seed):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
     for m, n in [(576, 1536), (2048, 2048)]:
-        W, iterations, lam = torch.randn(m, n, generator=torch.Generator().manual_seed(0)), 10, max(m, n) ** -0.5
-        textbook = seconds(lambda: textbook_rpca(W, iterations), 1)
-        ours = seconds(lambda: rpca.rpca(W, max_iter=iterations), 1)
-        found = rpca.rpca(W, max_iter=iterations)
-        quotient = objective((found.U * found.sigma) @ found.V, found.S, lam) / objective(*textbook_rpca(W, iterations), lam)
-        print(f"rpca {m} x {n}: {textbook / ours:.1f} times as fast as the textbook's, objective / textbook's {quotient:.6f}", flush=True)
+        k, size = m // 20, random(m, n, seed=0)
+        planted = random(m, k, seed=1) @ random(k, n, seed=2) + 10 * k ** 0.5 * size.sign() * (size.abs() > 1.96)    # one entry in twenty
+        for kind, W in [("planted", planted), ("random", size)]:
+            lam, iterations = max(m, n) ** -0.5, 10
+            textbook = seconds(lambda: textbook_rpca(W, iterations), 2)
+            ours = seconds(lambda: rpca.rpca(W, tol=0, max_iter=iterations), 2)
+            found = rpca.rpca(W, tol=0, max_iter=iterations)
+            quotient = objective((found.U * found.sigma) @ found.V, found.S, lam) / objective(*textbook_rpca(W, iterations), lam)
+            print(f"rpca {m} x {n}, {kind}: {textbook / ours:.1f} times as fast as the textbook's ({ours:.2f} s, {textbook:.2f} s), "
+                  f"objective / textbook's {quotient:.6f}", flush=True)
 
 
 def methods(job):
     """A learning step, prefill and bytes of both methods, against the dense model."""
     args, model, ids = job.args, job.model, job.batches(1)[0].to(job.device)
+    layers = block_layers(model)
 
     def dense_step():
         model.zero_grad()
@@ -78,16 +86,28 @@ def methods(job):
 
     dense, dense_prefill = seconds(dense_step), seconds(prefill)
     model.zero_grad()
-    metrics = collect_metric(model, job.layers, job.batches(4))
+    metrics = job.metrics()
     start = time.perf_counter()
-    soco.compressed_layers(model, job.layers, metrics, job.batches(args.steps), args.ratio, 0)
+    soco.compressed_layers(model, layers, metrics, job.batches(args.steps), args.ratio, 0)
     decomposed = time.perf_counter() - start
     start = time.perf_counter()
-    low_rank = soco.compressed_layers(model, job.layers, metrics, job.batches(args.steps), args.ratio, args.steps)
+    low_rank = soco.compressed_layers(model, layers, metrics, job.batches(args.steps), args.ratio, args.steps)
     step = (time.perf_counter() - start - decomposed) / args.steps
-    sparse = rpca.compressed_layers(model, job.layers, metrics, job.batches(4), args.ratio, rounds=1)
+    @torch.no_grad()
+    def calibration_pass():
+        for batch in job.batches(args.metric_batches):
+            model(input_ids=batch.to(job.device), use_cache=False)
+
+    one_pass, times = seconds(calibration_pass, 1), {}
+    for share in (0.0, rpca.RANK_SHARE):
+        start = time.perf_counter()
+        sparse = rpca.compressed_layers(model, layers, metrics, [], args.ratio, rank_share=share)
+        times[share] = time.perf_counter() - start
+    stage1 = times[rpca.RANK_SHARE] - times[0.0]
+    print(f"CAP / one forward pass over {args.metric_batches} batches ({one_pass:.1f} s): stage 1 {stage1 / one_pass:.2f}, "
+          f"stage 2 with its refits {times[0.0] / one_pass:.2f}", flush=True)
     print(f"a learning step of SoCo / forward and backward of the dense model: {step / dense:.2f} ({step:.3f} s, {dense:.3f} s)")
-    dense_bytes = stored_bytes(job.layers.values())
+    dense_bytes = stored_bytes(layers.values())
     for name, new in [("SoCo", low_rank), ("CAP", sparse)]:
         with swapped(model, new):
             print(f"{name}: prefill {dense_prefill / seconds(prefill):.2f} times as fast as dense, "

@@ -4,17 +4,13 @@
 """
 import argparse
 import json
+import math
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-
-def kept_share(layer):
-    (m, n), rank = layer["shape"], layer["rank"]
-    return 1.0 if rank == "dense" else (rank * (m + n) + layer.get("nonzeros", 0)) / (m * n)
 
 
 def main():
@@ -27,7 +23,7 @@ def main():
     rows = {}
     for layer in report["layers"]:
         kind = ".".join(part for part in layer["name"].split(".")[-2:])
-        rows.setdefault(kind, []).append(kept_share(layer))
+        rows.setdefault(kind, []).append(layer["kept"] / math.prod(layer["shape"]))
     shares = np.array(list(rows.values()))
     figure, axes = plt.subplots(figsize=(9, 0.35 * len(rows) + 1.3))
     image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1)

@@ -17,5 +17,9 @@ class UserError(ValueError):
 def bar(items, progress, **words):
     """A progress bar over items, if asked for and if standard error is a terminal."""
     from tqdm import tqdm
-    first = os.environ.get("RANK", "0") == "0"                # of the processes that torchrun started
-    return tqdm(items, disable=None if progress and first else True, leave=False, **words)
+    return tqdm(items, disable=None if progress and is_first() else True, leave=False, **words)
+
+
+def is_first():
+    """Whether this is the first, or only one, of the processes that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"

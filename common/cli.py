@@ -1,6 +1,7 @@
 """The command lines of soco.py, rpca.py and eval_ppl.py: flags, bad input, loading a model, and the report of a run."""
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import math
@@ -14,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, processes
+from common import UserError, is_first, processes
 from common.folder import SCRIPT_OF, load, save
-from common.layers import block_layers, is_matrix, matrix, swapped, untouched
+from common.layers import block_layers, matrix, swapped, untouched
 from common.metric import collect_metric
 
 BUNDLED = str(Path(__file__).resolve().parents[1] / "demo")     # a small GPT-2 that needs no download
@@ -64,15 +65,24 @@ def run(main):
     """
     from transformers.utils import logging
     logging.set_verbosity_error()
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
+    if not is_first():
         sys.stdout = open(os.devnull, "w")
+
+    def fail(message):
+        if is_first():
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
     try:
         main()
     except (UserError, FloatingPointError) as error:
-        if first:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).splitlines()[0]}: give a smaller --batch-size or --seqlen, or see --help for --host-weights and others")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
+            raise
+        fail(f"{error.filename or ''} {error.strerror}: give another place")
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted, nothing half written is left", file=sys.stderr)
         sys.exit(130)
@@ -93,14 +103,13 @@ def add_model_flags(parser):
 
 def pick_device(name):
     """torch.device for "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...; under torchrun each process has its own."""
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    name = "cpu" if name == "auto" else name
+    if name in ("auto", "cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or name == "cuda" else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such device; use cpu, cuda or auto") from error
-    if device.type not in ("cpu", "cuda", "mps"):
+    if device.type not in ("cpu", "cuda"):           # not mps: it has no float64
         raise UserError(f"--device {name}: nothing can be computed there; use cpu, cuda or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
@@ -129,6 +138,8 @@ def load_model(name, device, dtype, **options):
         AutoConfig.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = load(name, dtype=dtype, **options).to(device)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         causes = [error]
         while causes[-1].__cause__ or causes[-1].__context__:
@@ -213,9 +224,10 @@ class Job:
         self.model, self.tokenizer = load_model(args.model, "cpu" if args.host_weights else self.device, self.dtype,
                                                 revision=args.revision, trust_remote_code=args.trust_remote_code)
         try:
-            self.layers = block_layers(self.model)
+            layers = block_layers(self.model)
         except UserError as error:
             raise UserError(f"--model {args.model}: {error}") from error
+        self.shapes = {name: (*matrix(layer).shape, layer.bias is not None) for name, layer in layers.items()}
         args.eval_seqlen = args.eval_seqlen or min(longest_input(self.model) or 2048, 2048)
         args.eval_stride = args.eval_stride or args.eval_seqlen
         if args.eval_stride > args.eval_seqlen:
@@ -225,7 +237,7 @@ class Job:
         self.eval_ids = load_tokens(self.tokenizer, args.eval, "test", args.eval_seqlen)
         self.calib_ids = load_tokens(self.tokenizer, args.calib, "train", args.seqlen)
         self.dense_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.untouched = untouched(self.model, self.layers)
+        self.untouched = untouched(self.model, layers)
         torch.manual_seed(args.seed)
 
     def batches(self, count):
@@ -238,16 +250,14 @@ class Job:
 
     def metrics(self):
         with self.clock("metric"):
-            metrics = collect_metric(self.model, self.layers, self.batches(self.args.metric_batches), progress=True)
-            processes.average({id(part): part for metric in metrics.values() for part in (metric.G, metric.R)}.values())
-        return metrics
+            return collect_metric(self.model, block_layers(self.model), self.batches(self.args.metric_batches), progress=True)
 
-    def baseline(self, key, label, make):
+    def baseline(self, key, label, make, pruned=False):
         """Score the model with the layers that make() gives, {dense layer: another}, for the length of the measurement."""
         with self.clock("baselines"):
             new = make()
         with swapped(self.model, new):
-            self.score(key, label)
+            self.score(key, label, pruned)
 
     @contextlib.contextmanager
     def clock(self, phase):
@@ -256,20 +266,21 @@ class Job:
         yield
         self.seconds[phase] = round(self.seconds.get(phase, 0) + time.perf_counter() - start, 2)
 
-    def score(self, key, label):
-        """Perplexity of self.model as it is now: a row of the table, printed at once."""
+    def score(self, key, label, pruned=False):
+        """Perplexity of self.model as it is now: a row of the table, printed at once. pruned: as for `block_numbers`."""
         from eval_ppl import perplexity
         with self.clock("eval"):
-            result = perplexity(self.model, self.eval_ids, self.args.eval_seqlen, self.args.eval_stride,
-                                self.args.eval_blocks, progress=True)
-        if not math.isfinite(result.nll):
-            raise UserError(f"--model {self.args.model}: {label}, perplexity is {result.ppl} in {self.dtype}; try --dtype float32")
-        kept = block_numbers(self.model, self.layers)
+            try:
+                result = perplexity(self.model, self.eval_ids, self.args.eval_seqlen, self.args.eval_stride,
+                                    self.args.eval_blocks, progress=True)
+            except FloatingPointError as error:
+                raise UserError(f"--model {self.args.model}, {label}: {error}") from error
+        kept, size = block_numbers(self.model, self.shapes, self.dtype.itemsize, pruned)
         if not self.rows:
             self.print_settings(result.tokens)
         self.rows[key] = {"label": label, "ppl": result.ppl, "nll": result.nll, "kept": kept,
                           "gap": result.nll - next(iter(self.rows.values()))["nll"] if self.rows else 0.0}
-        print(f"{label:34} {result.ppl:12.2f} {self.rows[key]['gap']:9.4f} {kept:14,} {kept * self.dtype.itemsize / 1e6:10.1f}", flush=True)
+        print(f"{label:34} {result.ppl:12.2f} {self.rows[key]['gap']:9.4f} {kept:14,} {size / 1e6:10.1f}", flush=True)
 
     def print_settings(self, tokens):
         args = self.args
@@ -284,9 +295,10 @@ class Job:
 
         kept: {name: {"rank": of the matrix or "dense", "nonzeros": of its sparse part, if it has one}}.
         """
-        layers = [{"name": name, "shape": tuple(matrix(layer).shape), **kept[name]} for name, layer in self.layers.items()]
-        compressible = sum(matrix(layer).numel() for layer in self.layers.values())
-        print("kept share of each matrix, block by block, in tenths (D: all of it, dense)\n" + allocation(layers))
+        layers = [{"name": name, "shape": (m, n), **kept[name], "kept": block_numbers(self.model, {name: (m, n, bias)})[0]}
+                  for name, (m, n, bias) in self.shapes.items()]
+        compressible = sum(m * n for m, n, _ in self.shapes.values())
+        print("kept share of each matrix, block by block, in tenths (D: all of it)\n" + allocation(layers))
         print("not touched: " + "; ".join(f"{name} {' x '.join(map(str, shape))} ({reason})" for name, shape, reason in self.untouched))
         if processes.rank():
             return
@@ -318,29 +330,28 @@ class Job:
 
 
 def allocation(layers):
-    """Lines of text: the kept share of each matrix, block by block, in tenths; D is dense."""
+    """Lines of text: the kept share of each matrix, block by block, in tenths; D is all of it."""
     rows = {}
     for layer in layers:
-        (m, n), rank = layer["shape"], layer["rank"]
+        share = layer["kept"] / math.prod(layer["shape"])
         kind = ".".join("*" if part.isdigit() else part for part in layer["name"].split("."))
-        share = "D" if rank == "dense" else str(int(10 * (rank * (m + n) + layer.get("nonzeros", 0)) / (m * n)))
-        rows[kind] = rows.get(kind, "") + share
+        rows[kind] = rows.get(kind, "") + ("D" if share >= 1 else str(int(10 * share)))
     return "\n".join(f"  {kind:34} {row}" for kind, row in rows.items())
 
 
-def block_numbers(model, layers):
-    """Numbers stored now for the block weights that stood at the names of `layers` {name: dense layer}.
+def block_numbers(model, shapes, itemsize=1, pruned=False):
+    """(numbers, bytes) stored now for the block weights of `shapes` {name: (m, n, whether it had a bias)}.
 
-    Counted after the fact, from the modules: of a matrix in dense form that took a dense layer's place what is not zero.
-    A bias that was there before compression does not count.
+    Counted after the fact, from the modules; a bias that was there before compression does not count. pruned: the
+    matrices are in dense form and count without their zeros, and with the bytes of a bitmask.
     """
-    total = 0
-    for name, dense in layers.items():
+    numbers = size = 0
+    for name, (m, n, bias) in shapes.items():
         layer = model.get_submodule(name)
-        pruned = layer is not dense and is_matrix(layer)
-        total += sum((p.count_nonzero().item() if pruned and p.ndim == 2 else p.numel()) for p in layer.parameters())
-        total -= 0 if dense.bias is None else dense.bias.numel()
-    return total
+        zeros = (layer.weight == 0).sum().item() if pruned else 0
+        count = sum(p.numel() for p in layer.parameters()) - zeros - m * bias
+        numbers, size = numbers + count, size + count * itemsize + (m * n // 8 if pruned or hasattr(layer, "mask") else 0)
+    return numbers, size
 
 
 def peak_memory(device):

@@ -69,7 +69,12 @@ def new_folder(folder, overwrite=False):
         yield fresh
         if folder.exists():
             folder.rename(old)
-        fresh.rename(folder)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def install(model, method, layers, new):
@@ -106,11 +111,16 @@ def save(model, folder, overwrite=False, extra=None):
 def load(folder, **options):
     """The model in a folder, compressed or dense; options as for transformers' from_pretrained (dtype, device_map, ...).
 
-    Only safetensors is read. Raises UserError where a tensor is missing: transformers would make up random numbers.
+    Only safetensors is read. Raises UserError where a tensor is missing or of another shape than config.json says:
+    transformers would make up random numbers.
     """
     from transformers import AutoModelForCausalLM
     with quiet(), torch.device("cpu"):
-        model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+                                                           ignore_mismatched_sizes=True, **options)
+    if info["mismatched_keys"]:
+        name, found, asked = sorted(info["mismatched_keys"])[0]
+        raise UserError(f"{folder}: tensor {name} has shape {list(found)} where config.json asks for {list(asked)}")
     if info["missing_keys"]:
         raise UserError(f"{folder} lacks tensor {sorted(info['missing_keys'])[0]}")
     return model

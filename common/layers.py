@@ -14,10 +14,11 @@ def block_layers(model):
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise UserError(f"{type(model).__name__} is quantized or compressed already: give the dense model")
     inside = block_prefixes(model)
-    experts = next((name for name, p in model.named_parameters() if name.startswith(inside) and p.ndim == 3), None)
-    if experts:
-        raise UserError(f"{type(model).__name__} holds matrices of several experts in one 3-D parameter, {experts}: only models "
-                        f"whose matrices are nn.Linear or Conv1D layers can be compressed")
+    stacks = [f"{name}.{key}" for name, module in model.named_modules() if name.startswith(inside) and not isinstance(module, nn.Conv1d)
+              for key, p in module.named_parameters(recurse=False) if p.ndim == 3]
+    if stacks:
+        raise UserError(f"{type(model).__name__} holds a stack of matrices in one 3-D parameter, {stacks[0]}, as mixtures of experts "
+                        f"do: only models whose matrices are nn.Linear or Conv1D layers can be compressed")
     layers = {name: module for name, module in model.named_modules() if name.startswith(inside) and is_matrix(module)}
     if not layers:
         raise UserError(f"{type(model).__name__} has no nn.Linear or Conv1D inside repeated blocks: nothing to compress")
@@ -93,6 +94,16 @@ def frozen(model, checkpointing=False):
         model.train(training)
         for p, flag in flags.items():
             p.requires_grad_(flag)
+
+
+def enable_checkpointing(model):
+    """Switch gradient checkpointing on, for `frozen(model, checkpointing=True)`."""
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):     # transformers' newer name, and its older one
+        if hasattr(model, name):
+            try:
+                return getattr(model, name)()
+            except ValueError as error:
+                raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out") from error
 
 
 def input_device(model):

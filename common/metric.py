@@ -17,7 +17,7 @@ import torch
 
 from common import UserError, bar
 from common.layers import frozen, input_device
-from common.processes import rank, world
+from common.processes import average, rank, world
 
 
 @dataclass
@@ -73,8 +73,12 @@ def collect_metric(model, layers, batches, progress=False):
     unreached = [name for name in layers if not torch.is_tensor(R[name])]
     if unreached:
         raise UserError(f"no calibration token reached layer {unreached[0]}: use more calibration text")
-    G = {name: moment / tokens for name, moment in G.items()}
-    return {name: Metric(G[same_input.get(name, name)], R[name] / tokens) for name in layers}
+    for name, moment in [*G.items(), *R.items()]:
+        moment /= tokens
+        average([moment])
+        if not moment.isfinite().all():
+            raise FloatingPointError(f"the inputs or gradients of layer {name} are not finite: use --dtype float32 or bfloat16")
+    return {name: Metric(G[same_input.get(name, name)], R[name]) for name in layers}
 
 
 def threshold(worths, count):

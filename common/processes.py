@@ -7,18 +7,15 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 def join(device_type):
-    """Join the processes that torchrun started (NCCL on CUDA, else gloo); from here on every optimizer averages its gradients."""
+    """Join the processes that torchrun started, if it did: by NCCL on CUDA devices, else by gloo."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    register_optimizer_step_pre_hook(
-        lambda optimizer, *call: average([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]))
 
 
 def leave():
