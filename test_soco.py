@@ -1748,6 +1748,12 @@ def test_a_policy_step_is_the_gradient_on_average():
     torch.testing.assert_close(mean, p - 1e-3 * gradient_on_two_items(p), rtol=1e-12, atol=0)
 
 
+def test_a_mask_that_never_varies_is_left_alone():
+    p = [torch.tensor([0.0, 0.0, 1.0, 1.0])]
+    end, losses = rpca.policy_gradient(lambda masks, step: step % 2, p, [1], 2, steps=20)
+    assert set(losses) == {0, 1} and torch.equal(end[0], p[0])
+
+
 def test_policy_gradient_finds_the_good_item_within_the_budget(device):
     p, cost, budget = [torch.full((3,), 0.3, device=device), torch.full((2, 5), 0.3, device=device)], [4, 1], 6.6
 

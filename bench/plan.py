@@ -89,7 +89,8 @@ def plan(model, dtype, ratio, batch, seqlen):
         scored = {layer: ScoredLinear(layer, *(torch.empty(shape) for shape in ((a, min(a, b)), (min(a, b),), (min(a, b), b))))
                   for layer, (a, b) in zip(layers.values(), shapes)}
         with swapped(model, scored):
-            learning = saved_by_autograd(model, ids) + logits * 4 * size        # the teacher's, the student's, their gradient, scaled
+            # logits of teacher and student, their gradient; three float32 rows of the batch in KLDivergence
+            learning = saved_by_autograd(model, ids) + 3 * size * logits + 3 * 4 * logits // batch
     # one matrix: for `factor`, G in both precisions, L; W, W L, its factors; eigenvectors and their workspace
     one = max(20 * n * n + 8 * (5 * m * n + 4 * min(m, n) ** 2) for m, n in shapes)
     one_sparse = max(8 * n * n + 36 * m * n for m, n in shapes)       # for `refit`: G twice; target, values, residual, direction, image, ...

@@ -1,6 +1,6 @@
 """How the bundled model was made: a GPT-2 of 1.9 million parameters, trained on English that Python carries.
 
-    python demo/train.py FOLDER       # about 25 minutes on two cores; writes the model and its tokenizer
+    python demo/train.py FOLDER       # about half an hour on two cores; writes the model and its tokenizer
 
 Text: the help topics and docstrings of the standard library (`stdlib` in eval_ppl.py, Python 3.11), the train split to
 learn and the test split for perplexity, and to learn also the comments of its modules and the docstrings and comments
