@@ -160,9 +160,10 @@ def keep_most_probable(p, cost, budget):
 def refit(T, S, mask, G, iterations=12, damping=1e-3):
     """Values of S on `mask` that bring S x closest to T x: min tr((T - S) G (T - S)^T), all rows at once.
 
-    T, S [m, n]: target and start; G [n, n]: Gram matrix of the inputs, with damping * mean on its diagonal. Conjugate gradients on the masked entries,
-    preconditioned by diag(G); the error falls with every iteration. Each row of mask is its own least-squares problem,
-    too many to factorise; SparseGPT (arXiv 2301.00774) solves them column by column, approximately.
+    T, S [m, n]: target and start; G [n, n]: Gram matrix of the inputs, to whose diagonal damping * its mean is added.
+    Conjugate gradients on the masked entries, preconditioned by diag(G); the (damped) error falls with every iteration.
+    Each row of mask is its own least-squares problem, too many to factorise; SparseGPT (arXiv 2301.00774) solves them
+    column by column, approximately.
     """
     G = G.clone()
     G.diagonal().add_(damping * G.diagonal().mean())
@@ -331,8 +332,9 @@ def choose_by_metric(drafts, budget, rounds, keep, refitted, progress):
 def choose_by_policy(model, drafts, batches, budget, rounds, seed, progress):
     """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient, from a start at
     worth / (worth + cost * mean worth), projected on the budget: what the metric would say."""
-    splits = [RPCA(*(part.to(drafts[0].device) for part in split), None) for split in bar(shared_out(lambda draft: rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4], drafts),
-                                                  progress, total=len(drafts), desc="robust PCA", unit="matrix")]
+    found = shared_out(lambda draft: rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4], drafts)
+    splits = [RPCA(*(part.to(drafts[0].device) for part in split), None)
+              for split in bar(found, progress, total=len(drafts), desc="robust PCA", unit="matrix")]
     worths = [worth for split in splits for worth in (split.sigma.square(), split.S.square())]
     cost = [each for draft in drafts for each in (draft.m + draft.n, 1)]
 
@@ -385,7 +387,8 @@ def main():
         job.baseline(key, label, lambda: prune_all(prune, block_layers(model), metrics, args.ratio), pruned=True)
     with job.clock("compress"):
         compress(model, job.batches(args.metric_batches), args.ratio, metrics, progress=True, estimator=args.estimator,
-                 rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, refitted=not args.no_refit, seed=args.seed, device=job.device)
+                 rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, refitted=not args.no_refit,
+                 seed=args.seed, device=job.device)
     job.score("compressed", "CAP")
     job.finish({name: {"rank": shapes.get("down.weight", [0])[0], "nonzeros": shapes["values"][0]}
                 for name, shapes in model.config.quantization_config["layers"].items()})
