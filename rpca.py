@@ -18,6 +18,7 @@ p of entries to 0 or 1 by what the metric predicts, in rounds, and gives L a fix
 *Then* the kept values are refitted, and each layer is stored as U sqrt(sigma), sqrt(sigma) V, a bitmask and the values
 of S (common/sparse.py). (S is the sparse part here; in soco.py it is the score.)
 """
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,19 +47,25 @@ def rpca(W, lam=None, penalty=None, tol=1e-6, max_iter=500):
     """Principal component pursuit, min |L|_* + lam |S|_1 with L + S = W, by ADMM (Candes et al. 2011, arXiv 0912.3599,
     algorithm 1; CAP, stage 1).
 
-    W [..., m, n]: float32 or float64, any device. lam: 1 / sqrt(max(m, n)). penalty mu: m n / (4 |W|_1), as there.
+    W [..., m, n]: float32 or float64, any device. lam: 1 / sqrt(max(m, n)). penalty mu: a number is held; by default mu
+    starts at 1.25 / |W|_2, where L has few directions (Lin et al. 2010, arXiv 1009.5055), and grows by half after every
+    iteration whose residual is larger than the change of S, both relative (Boyd et al. 2011, section 3.4.1).
     Stops at a relative residual below tol or after max_iter iterations, which is where its residuals end.
     """
-    lam = lam or max(W.shape[-2:]) ** -0.5
-    mu = penalty or 1 / (4 * W.abs().mean((-2, -1), keepdim=True)).clamp_min(1e-20)
-    norm = torch.linalg.matrix_norm(W).clamp_min(torch.finfo(W.dtype).tiny)
-    S, Z, factors, residuals = torch.zeros_like(W), torch.zeros_like(W), None, []      # Z = Y / mu, Y the multiplier
+    norm = functools.partial(torch.linalg.matrix_norm, keepdim=True)
+    U, lam, residuals = leading_range(W), lam or max(W.shape[-2:]) ** -0.5, []
+    mu = torch.full_like(W[..., :1, :1], penalty) if penalty else 1.25 / (norm(U.mT @ W, 2) + 1e-30)
+    S, Z = torch.zeros_like(W), torch.zeros_like(W)                   # Z = Y / mu, Y the multiplier
     while not residuals or (residuals[-1] > tol and len(residuals) < max_iter):
-        U, sigma, V = factors = singular_value_threshold(W - S + Z, 1 / mu, factors)
+        U, sigma, V = singular_value_threshold(W - S + Z, 1 / mu, nearby=U)
         T = W + Z - (U * sigma[..., None, :]) @ V
-        S = soft_threshold(T, lam / mu)
-        Z, before = T - S, Z                                          # Y + mu (W - L - S), divided by mu
-        residuals.append((torch.linalg.matrix_norm(Z - before) / norm).max().item())
+        S, before = soft_threshold(T, lam / mu), S
+        residual = norm(T - S - Z) / (norm(W) + 1e-30)                # of W - L - S
+        residuals.append(residual.max().item())
+        Z = T - S                                                     # Y + mu (W - L - S), divided by mu
+        if not penalty:
+            growth = torch.where(residual > norm(S - before) / (norm(Z) + 1e-30), 1.5, 1.0)
+            mu, Z = mu * growth, Z / growth
     return RPCA(U, sigma, V, S, residuals)
 
 
@@ -67,33 +74,39 @@ def soft_threshold(A, tau):
     return A - A.clamp(-tau, tau)
 
 
+def leading_range(A, start=None, steps=2):
+    """Orthonormal basis [..., m, k] near the leading left singular vectors of A [..., m, n]: subspace iteration from `start`
+    and ten random directions (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4)."""
+    basis = torch.randn(*A.shape[:-1], 10, generator=torch.Generator(A.device).manual_seed(0), dtype=A.dtype, device=A.device)
+    basis = basis if start is None else torch.cat([start, basis], -1)
+    for _ in range(steps):
+        basis = torch.linalg.qr(A @ (A.mT @ basis))[0]
+    return basis
+
+
 def singular_value_threshold(A, tau, nearby=None):
     """argmin over L of tau |L|_* + |L - A|_F^2 / 2, as U, sigma, V: singular values shrunk by tau, those at zero left out.
 
     From the eigenvectors Q of the smaller Gram matrix: with A [..., m, n], m <= n, L = Q diag(shrunk / sigma) Q^T A.
-    In float32, singular values under 1e-3 of the largest are lost in rounding. nearby: U, sigma, V of a matrix near L; if
-    they are few, A is first projected on their span, widened by ten random directions and two steps of subspace iteration.
-    A singular value that has just risen above tau can so be missed for a call or two.
+    In float32, singular values under 1e-3 of the largest are lost in rounding. nearby [..., m, k]: U of a matrix near A; if
+    it has few columns, A is first projected on their span, widened. A singular value that has just risen above tau can so
+    be missed for a call or two.
     """
     if A.shape[-2] > A.shape[-1]:
-        U, sigma, V = singular_value_threshold(A.mT, tau, nearby and tuple(part.mT if part.ndim == A.ndim else part for part in nearby[::-1]))
-        return V.mT, sigma, U.mT
-    B, basis = A, None
-    if nearby and 4 * (nearby[0].shape[-1] + 10) < A.shape[-2]:
-        basis = torch.randn(*A.shape[:-1], 10, generator=torch.Generator(A.device).manual_seed(0), dtype=A.dtype, device=A.device)
-        basis = torch.cat([nearby[0], basis], -1)
-        for _ in range(2):
-            basis = torch.linalg.qr(A @ (A.mT @ basis))[0]
-        B = basis.mT @ A
+        V, sigma, U = singular_value_threshold(A.mT, tau, None if nearby is None else A.mT @ nearby)
+        return U.mT, sigma, V.mT
+    projected = nearby is not None and 4 * (nearby.shape[-1] + 10) < A.shape[-2]
+    basis = leading_range(A, nearby) if projected else None
+    B = basis.mT @ A if projected else A
     squares, Q = torch.linalg.eigh(B @ B.mT)                          # eigenvalues rise: the last k are wanted
     sigma = squares.clamp_min(0).sqrt()
     shrunk = (sigma - (tau.squeeze(-1) if torch.is_tensor(tau) else tau)).clamp_min(0)
-    if basis is not None and shrunk[..., 0].any():
+    if projected and shrunk[..., 0].any():                            # the span is too small
         return singular_value_threshold(A, tau)
     k = max(int((shrunk > 0).sum(-1).max()), 1)
     U, sigma, shrunk = Q[..., -k:].flip(-1), sigma[..., -k:].flip(-1), shrunk[..., -k:].flip(-1)
     V = U.mT @ B / sigma.clamp_min(torch.finfo(A.dtype).tiny)[..., None]
-    return U if basis is None else basis @ U, shrunk, V
+    return basis @ U if projected else U, shrunk, V
 
 
 # ---- stage 2: one probabilistic mask over the whole model ----------------------------------------

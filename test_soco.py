@@ -1628,10 +1628,29 @@ def test_a_zero_matrix_is_split_into_zeros(dtype):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("iterations", [3, 60])
 @pytest.mark.parametrize("m, n", SIZES[:4])
-def test_the_objective_is_that_of_the_textbook(m, n, iterations, dtype, tolerance, device):
-    for W in (random(m, n, device=device), random(m, n, device=device) ** 3, sum(planted(m, n, device=device))):
-        split = rpca.rpca(W.to(dtype), tol=0, max_iter=iterations)
+def test_with_its_penalty_the_objective_is_that_of_the_textbook(m, n, iterations, dtype, tolerance, device):
+    for W in three_kinds(m, n, device):
+        split = rpca.rpca(W.to(dtype), penalty=W.numel() / (4 * W.abs().sum().item()), tol=0, max_iter=iterations)
         assert objective(low_rank(split), split.S) == pytest.approx(objective(*textbook(W, iterations)[:2]), rel=tolerance)
+
+
+def three_kinds(m, n, device):
+    return random(m, n, device=device), random(m, n, device=device) ** 3, sum(planted(m, n, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("iterations, tolerance", [(10, 1e-3), (60, 1e-4), (1000, 1e-5)])
+@pytest.mark.parametrize("m, n", SIZES[:4])
+def test_the_objective_is_not_above_that_of_the_textbook(m, n, iterations, dtype, tolerance, device):
+    for W in three_kinds(m, n, device):
+        split = rpca.rpca(W.to(dtype), tol=1e-7, max_iter=iterations)
+        assert objective(low_rank(split), split.S) <= objective(*textbook(W, iterations)[:2]) * (1 + tolerance)
+
+
+def test_the_penalty_that_grows_needs_half_the_iterations(device):
+    W = random(200, 300, device=device)
+    held = rpca.rpca(W, penalty=W.numel() / (4 * W.abs().sum().item()), tol=1e-5).residuals
+    assert 2 * len(rpca.rpca(W, tol=1e-5).residuals) < len(held) < 500
 
 
 @pytest.mark.parametrize("m, n", [(30, 18), (18, 30)])
@@ -1646,9 +1665,10 @@ def test_the_split_meets_the_dual_bound(m, n):
 
 def test_lambda_and_penalty_are_what_the_caller_says():
     W = sum(planted(40, 60))
-    default = rpca.rpca(W, tol=0, max_iter=20)
-    same = rpca.rpca(W, lam=60 ** -0.5, penalty=40 * 60 / (4 * W.abs().sum().item()), tol=0, max_iter=20)
-    torch.testing.assert_close(same.S, default.S, rtol=0, atol=1e-9)
+    assert torch.equal(rpca.rpca(W, lam=60 ** -0.5).S, rpca.rpca(W).S)
+    first = rpca.rpca(W, penalty=0.01, max_iter=1)
+    torch.testing.assert_close(low_rank(first), product(*rpca.singular_value_threshold(W, 100.0)))
+    torch.testing.assert_close(first.S, rpca.soft_threshold(W - low_rank(first), 60 ** -0.5 / 0.01))
     assert (rpca.rpca(W, lam=0.05).S != 0).sum() > (rpca.rpca(W).S != 0).sum() > (rpca.rpca(W, lam=2.0).S != 0).sum() == 0
 
 

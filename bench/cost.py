@@ -6,7 +6,7 @@
 Prints: a learning step of SoCo (averaged over a whole run) against a forward and backward pass of the dense model on
 the same tokens; the two stages of CAP against one forward pass over its calibration tokens; prefill of the compressed
 models against dense; bytes of the block weights; `rpca` against the textbook ADMM with torch.linalg.svd at the same
-number of iterations, on a planted low-rank plus sparse matrix and on a random one, whose L has full rank to the end.
+number of iterations, on the model's largest matrix, on planted low-rank plus sparse matrices and on random ones.
 """
 import statistics
 import sys
@@ -20,31 +20,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rpca
 import soco
 from common.cli import Job, run, run_parser, whole
-from common.layers import block_layers, swapped
+from common.layers import block_layers, matrix, swapped
 
 
 def seconds(call, repeats=5):
-    """Median time of a call, after one call that does not count."""
+    """Median time of a call, after one call that does not count, and what it gave."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        call()
+        result = call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:]), result
 
 
-def textbook_rpca(W, iterations):
-    """ADMM for principal component pursuit with a full singular value decomposition an iteration."""
+def textbook_rpca(W, iterations, held):
+    """ADMM for principal component pursuit with a full singular value decomposition an iteration. held: the penalty is
+    that of Candes et al. all along; else it grows by the rule of `rpca.rpca`, whose iterates these then are."""
     m, n = W.shape
-    lam, mu = max(m, n) ** -0.5, m * n / (4 * W.abs().sum())
+    norm, lam = torch.linalg.matrix_norm, max(m, n) ** -0.5
+    mu = m * n / (4 * W.abs().sum()) if held else 1.25 / norm(W, 2)
     S, Y = torch.zeros_like(W), torch.zeros_like(W)
     for _ in range(iterations):
         U, sigma, V = torch.linalg.svd(W - S + Y / mu, full_matrices=False)
         L = (U * (sigma - 1 / mu).clamp_min(0)) @ V
-        S = rpca.soft_threshold(W - L + Y / mu, lam / mu)
+        S, before = rpca.soft_threshold(W - L + Y / mu, lam / mu), S
         Y = Y + mu * (W - L - S)
+        if not held and norm(W - L - S) / norm(W) > norm(S - before) / norm(Y / mu):
+            mu = 1.5 * mu
     return L, S
 
 
@@ -52,22 +56,24 @@ def objective(L, S, lam):
     return torch.linalg.matrix_norm(L.double(), "nuc").item() + lam * S.double().abs().sum().item()
 
 
-def solver():
+def solver(job):
     """`rpca` against the textbook at the same number of iterations."""
     def random(*shape, seed):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
+    largest = max(block_layers(job.model).values(), key=lambda layer: layer.weight.numel())
+    cases, iterations = {"largest matrix": matrix(largest).detach().float().cpu()}, rpca.RPCA_ITERATIONS
     for m, n in [(576, 1536), (2048, 2048)]:
         k, size = m // 20, random(m, n, seed=0)
-        planted = random(m, k, seed=1) @ random(k, n, seed=2) + 10 * k ** 0.5 * size.sign() * (size.abs() > 1.96)    # one entry in twenty
-        for kind, W in [("planted", planted), ("random", size)]:
-            lam, iterations = max(m, n) ** -0.5, 10
-            textbook = seconds(lambda: textbook_rpca(W, iterations), 2)
-            ours = seconds(lambda: rpca.rpca(W, tol=0, max_iter=iterations), 2)
-            found = rpca.rpca(W, tol=0, max_iter=iterations)
-            quotient = objective((found.U * found.sigma) @ found.V, found.S, lam) / objective(*textbook_rpca(W, iterations), lam)
-            print(f"rpca {m} x {n}, {kind}: {textbook / ours:.1f} times as fast as the textbook's ({ours:.2f} s, {textbook:.2f} s), "
-                  f"objective / textbook's {quotient:.6f}", flush=True)
+        spikes = 10 * k ** 0.5 * size.sign() * (size.abs() > 1.96)    # one entry in twenty
+        cases |= {f"planted {m}": random(m, k, seed=1) @ random(k, n, seed=2) + spikes, f"random {m}": size}
+    for kind, W in cases.items():
+        ours, found = seconds(lambda: rpca.rpca(W, tol=0, max_iter=iterations), 2)
+        for held in (False, True):
+            textbook, other = seconds(lambda: textbook_rpca(W, iterations, held), 1)
+            values = [objective(*split, max(W.shape) ** -0.5) for split in [((found.U * found.sigma) @ found.V, found.S), other]]
+            print(f"rpca, {kind}, {'x'.join(map(str, W.shape))}: {textbook / ours:.1f} times as fast as the textbook's {iterations} iterations "
+                  f"with {'a held' if held else 'the same'} penalty ({ours:.2f} s, {textbook:.2f} s), objective / its {values[0] / values[1]:.6f}", flush=True)
 
 
 def methods(job):
@@ -84,7 +90,7 @@ def methods(job):
     def prefill():
         model(input_ids=ids, use_cache=False)
 
-    dense, dense_prefill = seconds(dense_step), seconds(prefill)
+    (dense, _), (dense_prefill, _) = seconds(dense_step), seconds(prefill)
     model.zero_grad()
     metrics = job.metrics()
     start = time.perf_counter()
@@ -98,7 +104,7 @@ def methods(job):
         for batch in job.batches(args.metric_batches):
             model(input_ids=batch.to(job.device), use_cache=False)
 
-    one_pass, times = seconds(calibration_pass, 1), {}
+    one_pass, times = seconds(calibration_pass, 1)[0], {}
     for share in (0.0, rpca.RANK_SHARE):
         start = time.perf_counter()
         sparse = rpca.compressed_layers(model, layers, metrics, [], args.ratio, rank_share=share)
@@ -110,7 +116,7 @@ def methods(job):
     dense_bytes = stored_bytes(layers.values())
     for name, new in [("SoCo", low_rank), ("CAP", sparse)]:
         with swapped(model, new):
-            print(f"{name}: prefill {dense_prefill / seconds(prefill):.2f} times as fast as dense, "
+            print(f"{name}: prefill {dense_prefill / seconds(prefill)[0]:.2f} times as fast as dense, "
                   f"block bytes / dense {stored_bytes(new.values()) / dense_bytes:.3f}", flush=True)
 
 
@@ -121,8 +127,11 @@ def stored_bytes(layers):
 def main():
     parser = run_parser(__doc__)
     parser.add("--steps", "of SoCo's run", type=whole(1), default=20)
-    methods(Job(parser.parse_args(), "soco"))
-    solver()
+    parser.add("--only-solver", "only `rpca` against the textbook", action="store_true")
+    job = Job(parser.parse_args(), "soco")
+    if not job.args.only_solver:
+        methods(job)
+    solver(job)
 
 
 if __name__ == "__main__":
