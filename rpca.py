@@ -170,7 +170,7 @@ def keep_most_probable(p, cost, budget):
 
 # ---- values on a chosen structure -----------------------------------------------------------------
 
-def refit(T, S, mask, G, iterations=12, damping=1e-3):
+def refit(T, S, mask, G, iterations=12, damping=1e-2):
     """Values of S on `mask` that bring S x closest to T x: min tr((T - S) G (T - S)^T), all rows at once.
 
     T, S [m, n]: target and start; G [n, n]: Gram matrix of the inputs, to whose diagonal damping * its mean is added.
@@ -287,7 +287,7 @@ def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric"
     """{layer: LowRankPlusSparse} for `layers` {name: layer} of a model, which is left as it was.
 
     estimator: "metric" or "policy" (the paper's). rank_share: of each matrix's numbers, for its L. rounds: of pruning and
-    refitting, or of the policy over the batches (the paper: 3). keep: another rule than `keep_worthiest`, to compare.
+    refitting, or of the policy over the batches (the paper: 3). keep: the rule for S under "metric" (`PATTERNS`).
     device: where matrices are worked on, one at a time (default: where each lies). Raises UserError for an impossible ratio.
     """
     if not 0 < ratio < 1:
@@ -322,6 +322,18 @@ def keep_worthiest(drafts, count):
         draft.set_sparse(draft.S.to(draft.device) * (draft.worth() > cut))
 
 
+def keep_two_of_four(drafts, count):
+    """`keep_worthiest` after all but the two worthiest of every four neighbours in a row have gone: the 2:4 pattern of GPUs."""
+    for draft in drafts:
+        groups = draft.worth().unflatten(1, (-1, 4))
+        top = torch.zeros_like(groups, dtype=torch.bool).scatter(2, groups.topk(2).indices, True)
+        draft.set_sparse(draft.S.to(draft.device) * top.flatten(1))
+    keep_worthiest(drafts, count)
+
+
+PATTERNS = {"any": keep_worthiest, "2:4": keep_two_of_four}
+
+
 def refit_all(drafts):
     for draft, refitted in zip(drafts, shared_out(Draft.refitted, drafts)):
         draft.set_sparse(*refitted)
@@ -332,12 +344,12 @@ def choose_by_metric(drafts, budget, rounds, keep, refitted, progress):
 
     The expected loss of independent Bernoulli masks grows by worth (1 - p) for every entry, so its gradient drives p to 1
     above one price for the whole model and to 0 below. The worth changes as the survivors make up for what is gone:
-    hence in rounds, each dropping an equal part.
+    hence in rounds, each dropping less than the one before.
     """
     entries = budget - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
     numbers = sum(draft.m * draft.n for draft in drafts)
     for done in bar(range(1, rounds + 1), progress, desc="choose and refit", unit="round"):
-        keep(drafts, numbers - (numbers - entries) * done // rounds)
+        keep(drafts, entries + int((numbers - entries) * (1 - done / rounds) ** 2))
         if refitted:
             refit_all(drafts)
 
@@ -389,11 +401,14 @@ def main():
     parser.add("--estimator", "of the mask: metric, or the paper's policy gradient", choices=ESTIMATORS, default="metric")
     parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(0, 1, or_low=True), default=RANK_SHARE)
     parser.add("--rounds", "of pruning and refitting, or of the policy over the batches", type=whole(1), default=5)
+    parser.add("--pattern", "of S under --estimator metric: any, or 2:4 (at most two of every four in a row)", choices=list(PATTERNS), default="any")
     parser.add("--no-scale", "split and choose in the units of W, without the metric", action="store_true")
     parser.add("--no-refit", "keep the values that stage 1 gave", action="store_true")
     args = parser.parse_args()
     job = Job(args, "cap")
     model = job.model
+    if args.pattern == "2:4" and (args.estimator == "policy" or any(matrix(layer).shape[1] % 4 for layer in block_layers(model).values())):
+        raise UserError("--pattern 2:4 needs --estimator metric, and matrices whose inputs are a multiple of 4")
     job.score("dense", "dense")
     metrics = job.metrics()
     for key, label, prune in [("magnitude", "magnitude", magnitude), ("wanda", "Wanda, row-wise", wanda)]:
@@ -401,7 +416,7 @@ def main():
     with job.clock("compress"):
         compress(model, job.batches(args.metric_batches), args.ratio, metrics, progress=True, estimator=args.estimator,
                  rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, refitted=not args.no_refit,
-                 seed=args.seed, device=job.device)
+                 keep=PATTERNS[args.pattern], seed=args.seed, device=job.device)
     job.score("compressed", "CAP")
     job.finish({name: {"rank": shapes.get("down.weight", [0])[0], "nonzeros": shapes["values"][0]}
                 for name, shapes in model.config.quantization_config["layers"].items()})

@@ -56,6 +56,7 @@ CAP = {                                              # name: settings of rpca.co
     "the same share of every matrix": {"keep": same_share_of_matrices},
     "the same share of every row": {"keep": same_share_of_rows},
     "no refit": {"refitted": False},
+    "2:4 pattern": {"keep": rpca.keep_two_of_four},
     "policy gradient, the mask it starts from": {"estimator": "policy", "rounds": 0},
     "policy gradient, three rounds": {"estimator": "policy", "rounds": 3},
 }
