@@ -92,10 +92,10 @@ def singular_value_threshold(A, tau, nearby=None):
     it has few columns, A is first projected on their span, widened. A singular value that has just risen above tau can so
     be missed for a call or two.
     """
+    projected = nearby is not None and 4 * (nearby.shape[-1] + 10) < min(A.shape[-2:])
     if A.shape[-2] > A.shape[-1]:
-        V, sigma, U = singular_value_threshold(A.mT, tau, None if nearby is None else A.mT @ nearby)
+        V, sigma, U = singular_value_threshold(A.mT, tau, A.mT @ nearby if projected else None)
         return U.mT, sigma, V.mT
-    projected = nearby is not None and 4 * (nearby.shape[-1] + 10) < A.shape[-2]
     basis = leading_range(A, nearby) if projected else None
     B = basis.mT @ A if projected else A
     squares, Q = torch.linalg.eigh(B @ B.mT)                          # eigenvalues rise: the last k are wanted
@@ -237,20 +237,20 @@ class Draft(nn.Module):
                                    for A in (metric.R.to(self.device), metric.G.diagonal().to(self.device)))
         self.m, self.n = matrix(layer).shape
         self.set_low_rank(self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n))
+        self.set_sparse(self.target())
 
     def scaled(self):
         return self.rows[:, None] * matrix(self.layer).to(self.rows) * self.columns
 
     def set_low_rank(self, U, V):
-        """L from factors [m, k], [k, n] in scaled units; S is what L leaves of W."""
+        """L from factors [m, k], [k, n] in scaled units."""
         self.U, self.V = U.to(self.rows) / self.rows[:, None], V.to(self.rows) / self.columns
-        self.set_sparse(self.target())
 
     def set_sparse(self, S):
         self.S = S.to(self.layer.weight)
 
     def target(self):
-        """W - L [m, n], what S is to stand for."""
+        """W - L [m, n]: what S starts from, and is to stand for."""
         return matrix(self.layer).to(self.rows) - self.U @ self.V
 
     def worth(self):
@@ -311,8 +311,10 @@ def set_ranks(drafts, ratio, rank_share, progress):
         k = int(rank_share * numbers / (draft.m + draft.n))
         return alternate(Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:k], numbers) if k else (Q[:, :0], Q[:0])
 
-    for draft, factors in zip(drafts, bar(shared_out(split, drafts), progress, total=len(drafts), desc="robust PCA", unit="matrix")):
+    found = bar(shared_out(split, drafts), progress, total=len(drafts), desc="robust PCA", unit="matrix")
+    for draft, factors in zip(drafts, found):
         draft.set_low_rank(*factors)
+        draft.set_sparse(draft.target())
 
 
 def keep_worthiest(drafts, count):
@@ -358,15 +360,16 @@ def choose_by_policy(model, drafts, batches, budget, rounds, seed, progress):
     """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient, from a start at
     worth / (worth + cost * mean worth), projected on the budget: what the metric would say."""
     found = shared_out(lambda draft: rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4], drafts)
-    splits = [RPCA(*(part.to(drafts[0].device) for part in split), None)
-              for split in bar(found, progress, total=len(drafts), desc="robust PCA", unit="matrix")]
-    worths = [worth for split in splits for worth in (split.sigma.square(), split.S.square())]
+    found = bar(found, progress, total=len(drafts), desc="robust PCA", unit="matrix")
+    splits = [RPCA(*(part.to(drafts[0].device, draft.layer.weight.dtype) for part in split), None)
+              for draft, split in zip(drafts, found)]
+    worths = [part.float().square() for split in splits for part in (split.sigma, split.S)]
     cost = [each for draft in drafts for each in (draft.m + draft.n, 1)]
 
     def set_masks(masks):
         for draft, split, directions, entries in zip(drafts, splits, masks[::2], masks[1::2]):
             kept = directions.bool()
-            draft.set_low_rank(split.U[:, kept] * split.sigma[kept], split.V[kept])
+            draft.set_low_rank(split.U[:, kept].to(draft.rows) * split.sigma[kept], split.V[kept])
             draft.set_sparse((split.S * entries).to(draft.rows) / draft.rows[:, None] / draft.columns)
 
     def loss_of(masks, step):
@@ -401,13 +404,13 @@ def main():
     parser.add("--estimator", "of the mask: metric, or the paper's policy gradient", choices=ESTIMATORS, default="metric")
     parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(0, 1, or_low=True), default=RANK_SHARE)
     parser.add("--rounds", "of pruning and refitting, or of the policy over the batches", type=whole(1), default=5)
-    parser.add("--pattern", "of S under --estimator metric: any, or 2:4 (at most two of every four in a row)", choices=list(PATTERNS), default="any")
+    parser.add("--pattern", "of S: any, or 2:4, at most two of every four in a row", choices=list(PATTERNS), default="any")
     parser.add("--no-scale", "split and choose in the units of W, without the metric", action="store_true")
     parser.add("--no-refit", "keep the values that stage 1 gave", action="store_true")
     args = parser.parse_args()
     job = Job(args, "cap")
     model = job.model
-    if args.pattern == "2:4" and (args.estimator == "policy" or any(matrix(layer).shape[1] % 4 for layer in block_layers(model).values())):
+    if args.pattern == "2:4" and (args.estimator == "policy" or any(n % 4 for _, n, _ in job.shapes.values())):
         raise UserError("--pattern 2:4 needs --estimator metric, and matrices whose inputs are a multiple of 4")
     job.score("dense", "dense")
     metrics = job.metrics()

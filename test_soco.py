@@ -1704,6 +1704,30 @@ def test_singular_value_threshold_shrinks_every_singular_value(m, n, device):
                                product(U, (sigma - taus[..., 0]).clamp_min(0), V), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("m, n", [(120, 150), (150, 120), (90, 200)])
+def test_a_nearby_span_only_makes_thresholding_cheaper(m, n, device, monkeypatch):
+    A = torch.stack([sum(planted(m, n, seed=seed, device=device)) for seed in (0, 7)])
+    sigma, sizes, eigh = torch.linalg.svdvals(A), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: sizes.append(gram.shape[-1]) or eigh(gram))
+    k = max(min(m, n) // 20, 1)
+    for tau in (1.01 * sigma[:, k].max().item(), 0.5 * sigma.median().item()):       # the planted rank survives; many more do
+        exact = rpca.singular_value_threshold(A, tau)
+        found = rpca.singular_value_threshold(A, tau, nearby=rpca.leading_range(A))
+        error = (product(*found) - product(*exact)).norm() / A.norm()
+        assert error < 1e-3
+    assert sizes == [min(m, n), 20, min(m, n), 20, min(m, n)]         # too small a span is noticed
+
+
+@pytest.mark.parametrize("m, n", [(60, 80), (80, 60), (4, 7)])
+def test_leading_range_is_orthonormal_and_holds_the_leading_directions(m, n, device):
+    U = torch.linalg.qr(random(m, 3, device=device))[0]
+    A = 100 * U @ random(3, n, seed=1, device=device) + random(m, n, seed=2, device=device)
+    for start in (None, random(m, 5, seed=3, device=device)):
+        basis = rpca.leading_range(A, start)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=A.dtype, device=device), rtol=0, atol=1e-12)
+        assert (U - basis @ (basis.T @ U)).norm() < 0.02
+
+
 @pytest.mark.parametrize("m, n", SHAPES)
 @pytest.mark.parametrize("operator, norm", [(rpca.soft_threshold, lambda S: S.abs().sum()),
                                             (lambda A, tau: product(*rpca.singular_value_threshold(A, tau)), nuclear)])
@@ -2069,6 +2093,22 @@ def test_cap_meets_the_budget_exactly(make, ratio, settings):
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("make", MODELS)
+def test_two_of_four_keeps_the_two_worthiest_of_every_four_that_the_budget_has_room_for(make, ratio):
+    dense, settings = block_layers(make()), {"keep": rpca.keep_two_of_four, "rank_share": 0, "rounds": 1, "refitted": False, "scale": False}
+    model = cap(make, ratio, **settings)
+    fours = {name: matrix(layer).unflatten(1, (-1, 4)) for name, layer in dense.items()}
+    kept = {name: dense_weight(model.get_submodule(name)).unflatten(1, (-1, 4)) != 0 for name in fours}
+    numbers = sum(W.numel() for W in fours.values())
+    assert sum(int(mask.sum()) for mask in kept.values()) == min(int((1 - ratio) * numbers), numbers // 2)
+    for name, W in fours.items():
+        assert kept[name].sum(-1).max() <= 2
+        assert (W.abs().masked_fill(~kept[name], math.inf).amin(-1) >= W.abs().sort(-1).values[..., 2] * (1 - 1e-6)).all()
+    rounds = cap(make, ratio, keep=rpca.keep_two_of_four, rank_share=0.1)
+    assert all(rounds.get_submodule(name).sparse().unflatten(1, (-1, 4)).count_nonzero(-1).max() <= 2 for name in dense)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("make", MODELS)
 def test_the_policy_estimator_stays_in_the_budget(make, ratio):
     dense, model = block_layers(make()), cap(make, ratio, estimator="policy")
     stored = [sum(p.numel() for p in model.get_submodule(name).parameters()) - (0 if layer.bias is None else layer.bias.numel())
@@ -2414,7 +2454,7 @@ def test_cap_demo_folder_scores_the_same_in_a_new_process(cap_demo, demo_text, t
 def test_every_flag_of_cap_reaches_the_method(command, tmp_path):
     seen = {}
     for flag in ["", "--seed 1", "--rank-share 0.3", "--rounds 1", "--no-scale", "--no-refit", "--estimator policy",
-                 "--ratio 0.4"]:
+                 "--pattern 2:4", "--ratio 0.4"]:
         code, out, err = command("rpca.py", f"{RPCA_LINE} {flag} --out folder --overwrite")
         assert (code, err) == (0, "")
         report = json.loads((tmp_path / "folder" / "metrics.json").read_text())
@@ -2433,7 +2473,7 @@ def test_a_cap_run_can_be_repeated(command, tmp_path):
 def test_help_of_cap_shows_every_flag(command):
     code, out, _ = command("rpca.py", "--help")
     flags = "model device dtype ratio calib eval same-text seqlen batch-size metric-batches eval-seqlen eval-stride " \
-            "eval-blocks seed out overwrite estimator rank-share rounds no-scale no-refit"
+            "eval-blocks seed out overwrite estimator rank-share rounds pattern no-scale no-refit"
     assert code == 0 and all(f"--{flag} " in out or f"--{flag}\n" in out for flag in flags.split())
 
 
@@ -2454,6 +2494,8 @@ def test_logits_that_are_not_finite_are_refused_by_cap(command, tmp_path):
     ("--rank-share -0.1", ["--rank-share", "-0.1"]),
     ("--rounds 0", ["--rounds", "0 "]),
     ("--estimator luck", ["--estimator", "luck"]),
+    ("--pattern 3:4", ["--pattern", "3:4", "2:4"]),
+    ("--pattern 2:4 --estimator policy", ["--pattern 2:4", "--estimator metric"]),
     ("--steps 3", ["--steps"]),
     ("--model {house}/compressed", ["{house}/compressed", "compressed already"]),
     ("--model {house}/nan", ["{house}/nan", "transformer.h.1.mlp.c_fc.weight"]),
