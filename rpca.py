@@ -11,14 +11,15 @@ it costs (R^(1/2) W D, common/metric.py), is split by principal component pursui
 *Stage 2*: every direction of every L and every entry of every S has a probability p of being kept, under one budget
 for the whole model,
 
-    sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * numbers in the block weights,
+    sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * numbers in the block weights.
 
 The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default drives the
-p of entries to 0 or 1 by what the metric predicts, in rounds, and gives L a fixed small share of each matrix's numbers.
+p of entries to 0 or 1 by what the metric predicts, in rounds, and gives L a small share of what each matrix may keep.
 *Then* the kept values are refitted, and each layer is stored as U sqrt(sigma), sqrt(sigma) V, a bitmask and the values
 of S (common/sparse.py). (S is the sparse part here; in soco.py it is the score.)
 """
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,19 +39,20 @@ from common.sparse import LowRankPlusSparse
 class RPCA(NamedTuple):
     U: torch.Tensor          # [..., m, k] orthonormal columns
     sigma: torch.Tensor      # [..., k] singular values of L, falling; a batch is padded with zeros
-    V: torch.Tensor          # [..., k, n] orthonormal rows: L = U diag(sigma) V
+    V: torch.Tensor          # [..., k, n] orthonormal rows, zeros where padded: L = U diag(sigma) V
     S: torch.Tensor          # [..., m, n] the sparse part
     residuals: list          # |W - L - S|_F / |W|_F after each iteration, the largest of a batch
 
 
+@torch.no_grad()
 def rpca(W, lam=None, penalty=None, tol=1e-6, max_iter=500):
     """Principal component pursuit, min |L|_* + lam |S|_1 with L + S = W, by ADMM (Candes et al. 2011, arXiv 0912.3599,
     algorithm 1; CAP, stage 1).
 
     W [..., m, n]: float32 or float64, any device. lam: 1 / sqrt(max(m, n)). penalty mu: a number is held; by default mu
-    starts at 1.25 / |W|_2, where L has few directions (Lin et al. 2010, arXiv 1009.5055), and grows by half after every
+    starts near 1.25 / |W|_2, where L has few directions (Lin et al. 2010, arXiv 1009.5055), and grows by half after every
     iteration whose residual is larger than the change of S, both relative (Boyd et al. 2011, section 3.4.1).
-    Stops at a relative residual below tol or after max_iter iterations, which is where its residuals end.
+    Stops at a relative residual of at most tol, or after max_iter iterations.
     """
     norm = functools.partial(torch.linalg.matrix_norm, keepdim=True)
     U, lam, residuals = leading_range(W), lam or max(W.shape[-2:]) ** -0.5, []
@@ -86,6 +88,7 @@ def leading_range(A, start=None, steps=2):
 
 def singular_value_threshold(A, tau, nearby=None):
     """argmin over L of tau |L|_* + |L - A|_F^2 / 2, as U, sigma, V: singular values shrunk by tau, those at zero left out.
+    tau: a number, or one a matrix [..., 1, 1].
 
     From the eigenvectors Q of the smaller Gram matrix: with A [..., m, n], m <= n, L = Q diag(shrunk / sigma) Q^T A.
     In float32, singular values under 1e-3 of the largest are lost in rounding. nearby [..., m, k]: U of a matrix near A; if
@@ -105,7 +108,7 @@ def singular_value_threshold(A, tau, nearby=None):
         return singular_value_threshold(A, tau)
     k = max(int((shrunk > 0).sum(-1).max()), 1)
     U, sigma, shrunk = Q[..., -k:].flip(-1), sigma[..., -k:].flip(-1), shrunk[..., -k:].flip(-1)
-    V = U.mT @ B / sigma.clamp_min(torch.finfo(A.dtype).tiny)[..., None]
+    V = torch.where(shrunk[..., None] > 0, U.mT @ B / sigma[..., None], 0.0)
     return basis @ U if projected else U, shrunk, V
 
 
@@ -145,6 +148,8 @@ def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generato
     for step in bar(range(steps), progress, desc="policy", unit="draw"):
         masks = [torch.bernoulli(q, generator=generator) for q in p]
         loss = loss_of(masks, step)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of draw {step + 1} of {steps} is {loss}: use --dtype float32 or bfloat16")
         baseline = sum(losses[-window:]) / len(losses[-window:]) if losses else loss
         losses.append(loss)
         p = [q - lr * (loss - baseline) * score_function(m, q, edge=0.01) for q, m in zip(p, masks)]
@@ -170,6 +175,7 @@ def keep_most_probable(p, cost, budget):
 
 # ---- values on a chosen structure -----------------------------------------------------------------
 
+@torch.no_grad()
 def refit(T, S, mask, G, iterations=12, damping=1e-2):
     """Values of S on `mask` that bring S x closest to T x: min tr((T - S) G (T - S)^T), all rows at once.
 
@@ -197,14 +203,14 @@ def refit(T, S, mask, G, iterations=12, damping=1e-2):
     return S
 
 
-def alternate(Q, V, numbers, rounds=3):
-    """Rank-k L = (L_U, V) [m, k], [k, n] for Q = L + S with `numbers` in all, from a start V [k, n] of its row space.
+def alternate(Q, V, kept, rounds=3):
+    """Rank-k L = (L_U, V) [m, k], [k, n] for Q = L + S with `kept` numbers in all, from a start V [k, n] of its row space.
 
     S takes the largest entries of Q - L that the budget leaves, L the best rank k of Q - S, in turn; the rank-k
     approximation is one step of subspace iteration a round.
     """
     m, n, k = *Q.shape, len(V)
-    entries = max(int(numbers) - k * (m + n), 1)
+    entries = max(kept - k * (m + n), 1)
     U = Q @ V.mT
     for _ in range(rounds):
         left = Q - U @ V
@@ -219,7 +225,7 @@ def alternate(Q, V, numbers, rounds=3):
 # ---- compressing a model ------------------------------------------------------------------------
 
 ESTIMATORS = ("metric", "policy")
-RANK_SHARE = 0.02         # of each matrix's numbers, for L; more is worse on SmolLM2 (README)
+RANK_SHARE = 0.02         # of the numbers that a matrix may keep, for L; more is worse on SmolLM2 (README)
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 
 
@@ -236,8 +242,7 @@ class Draft(nn.Module):
         self.rows, self.columns = ((A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A)
                                    for A in (metric.R.to(self.device), metric.G.diagonal().to(self.device)))
         self.m, self.n = matrix(layer).shape
-        self.set_low_rank(self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n))
-        self.set_sparse(self.target())
+        self.U = self.V = self.S = None                               # until set_low_rank and set_sparse
 
     def scaled(self):
         return self.rows[:, None] * matrix(self.layer).to(self.rows) * self.columns
@@ -259,7 +264,7 @@ class Draft(nn.Module):
 
     def refitted(self):
         S = self.S.to(self.rows)
-        return refit(self.target(), S, S != 0, self.G.to(self.device)).to(self.S.dtype),
+        return (refit(self.target(), S, S != 0, self.G.to(self.device)).to(self.S.dtype),)
 
     def forward(self, x):
         return F.linear(x, (self.U @ self.V + self.S.to(self.rows)).to(x), self.layer.bias)
@@ -276,9 +281,8 @@ def compress(model, batches, ratio=0.5, metrics=None, progress=False, **settings
     batches: token ids [batch, length], an iterable. metrics: what collect_metric gave for block_layers(model), if the
     caller has it; else measured on `batches`. settings: of `compressed_layers`.
     """
-    batches, layers = list(batches), block_layers(model)
-    metrics = metrics or collect_metric(model, layers, batches, progress=progress)
-    new = compressed_layers(model, layers, metrics, batches, ratio, progress=progress, **settings)
+    layers = block_layers(model)
+    new = compressed_layers(model, layers, metrics, list(batches), ratio, progress=progress, **settings)
     return install(model, "cap", layers, new)
 
 
@@ -286,12 +290,13 @@ def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric"
                       keep=None, refitted=True, seed=0, device=None, progress=False):
     """{layer: LowRankPlusSparse} for `layers` {name: layer} of a model, which is left as it was.
 
-    estimator: "metric" or "policy" (the paper's). rank_share: of each matrix's numbers, for its L. rounds: of pruning and
-    refitting, or of the policy over the batches (the paper: 3). keep: the rule for S under "metric" (`PATTERNS`).
-    device: where matrices are worked on, one at a time (default: where each lies). Raises UserError for an impossible ratio.
+    estimator: "metric" or "policy" (the paper's). rank_share: of the numbers that each matrix may keep, for its L ("metric").
+    rounds: of pruning and refitting, or of the policy over the batches (the paper: 3). keep: what prunes S under "metric", a
+    value of `PATTERNS`. device: where matrices are worked on, one at a time (default: where each lies); the policy holds all
+    probabilities there. Raises UserError for settings that cannot be met.
     """
-    if not 0 < ratio < 1:
-        raise UserError(f"ratio {ratio} is not between 0 and 1")
+    check(layers, ratio, estimator, rank_share, rounds, keep)
+    metrics = metrics or collect_metric(model, layers, batches, progress=progress)
     drafts = [Draft(layer, metrics[name], scale, device) for name, layer in layers.items()]
     budget = int((1 - ratio) * sum(draft.m * draft.n for draft in drafts))
     if estimator == "policy":
@@ -304,12 +309,26 @@ def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric"
     return {draft.layer: draft.finish() for draft in drafts}
 
 
+def check(layers, ratio, estimator, rank_share, rounds, keep):
+    """Refuse what `compressed_layers` cannot do."""
+    if not 0 < ratio < 1:
+        raise UserError(f"ratio {ratio} is not between 0 and 1")
+    if estimator not in ESTIMATORS:
+        raise UserError(f"estimator {estimator} is none of {', '.join(ESTIMATORS)}")
+    if not 0 <= rank_share < 1:
+        raise UserError(f"rank_share {rank_share} is not in [0, 1)")
+    if rounds < (estimator == "metric"):
+        raise UserError(f"rounds {rounds} is less than 1")
+    if keep is keep_two_of_four and (estimator == "policy" or any(matrix(layer).shape[1] % 4 for layer in layers.values())):
+        raise UserError("--pattern 2:4 needs --estimator metric, and matrices whose inputs are a multiple of 4")
+
+
 def set_ranks(drafts, ratio, rank_share, progress):
-    """Stage 1 for every matrix: its L from robust PCA, at the rank that `rank_share` of its numbers pays for."""
+    """Stage 1 for every matrix: its L from robust PCA, at the rank that `rank_share` of the numbers it may keep pays for."""
     def split(draft):
-        Q, numbers = draft.scaled(), int((1 - ratio) * draft.m * draft.n)
-        k = int(rank_share * numbers / (draft.m + draft.n))
-        return alternate(Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:k], numbers) if k else (Q[:, :0], Q[:0])
+        Q, kept = draft.scaled(), int((1 - ratio) * draft.m * draft.n)
+        k = int(rank_share * kept / (draft.m + draft.n))
+        return alternate(Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:k], kept) if k else (Q[:, :0], Q[:0])
 
     found = bar(shared_out(split, drafts), progress, total=len(drafts), desc="robust PCA", unit="matrix")
     for draft, factors in zip(drafts, found):
@@ -318,7 +337,7 @@ def set_ranks(drafts, ratio, rank_share, progress):
 
 
 def keep_worthiest(drafts, count):
-    """Set every S to zero but for the `count` worthiest entries of them all."""
+    """Set every S to zero but for the `count` worthiest entries of them all; of entries that tie at the cut, none stays."""
     cut = threshold(lambda: (draft.worth() for draft in drafts), count)
     for draft in drafts:
         draft.set_sparse(draft.S.to(draft.device) * (draft.worth() > cut))
@@ -360,24 +379,25 @@ def choose_by_policy(model, drafts, batches, budget, rounds, seed, progress):
     """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient, from a start at
     worth / (worth + cost * mean worth), projected on the budget: what the metric would say."""
     found = shared_out(lambda draft: rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4], drafts)
-    found = bar(found, progress, total=len(drafts), desc="robust PCA", unit="matrix")
-    splits = [RPCA(*(part.to(drafts[0].device, draft.layer.weight.dtype) for part in split), None)
-              for draft, split in zip(drafts, found)]
-    worths = [part.float().square() for split in splits for part in (split.sigma, split.S)]
-    cost = [each for draft in drafts for each in (draft.m + draft.n, 1)]
+    device, splits, worths, cost = drafts[0].device, [], [], []
+    for draft, (U, sigma, V, S) in zip(drafts, bar(found, progress, total=len(drafts), desc="robust PCA", unit="matrix")):
+        worths += [sigma.square().to(device), S.square().to(device)]
+        cost += [draft.m + draft.n, 1]
+        S = S.to(draft.rows) / draft.rows[:, None] / draft.columns
+        splits.append([part.to(draft.layer.weight) for part in (U * sigma, V, S)])
 
     def set_masks(masks):
-        for draft, split, directions, entries in zip(drafts, splits, masks[::2], masks[1::2]):
-            kept = directions.bool()
-            draft.set_low_rank(split.U[:, kept].to(draft.rows) * split.sigma[kept], split.V[kept])
-            draft.set_sparse((split.S * entries).to(draft.rows) / draft.rows[:, None] / draft.columns)
+        for draft, (U, V, S), directions, entries in zip(drafts, splits, masks[::2], masks[1::2]):
+            kept = directions.to(U.device).bool()
+            draft.set_low_rank(U[:, kept], V[kept])
+            draft.set_sparse(S * entries.to(S))
 
     def loss_of(masks, step):
         set_masks(masks)
         ids = batches[step % len(batches)].to(input_device(model))
         with frozen(model), torch.no_grad(), swapped(model, {draft.layer: draft for draft in drafts}):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))
         average([loss])
         return loss.item()
 
@@ -402,7 +422,8 @@ register("cap", build_empty)
 def main():
     parser = run_parser(__doc__, metric_batches=32)
     parser.add("--estimator", "of the mask: metric, or the paper's policy gradient", choices=ESTIMATORS, default="metric")
-    parser.add("--rank-share", "of each matrix's numbers, for its low-rank part", type=between(0, 1, or_low=True), default=RANK_SHARE)
+    parser.add("--rank-share", "of the numbers that each matrix may keep, for its low-rank part (metric only)",
+               type=between(0, 1, or_low=True), default=RANK_SHARE)
     parser.add("--rounds", "of pruning and refitting, or of the policy over the batches", type=whole(1), default=5)
     parser.add("--pattern", "of S: any, or 2:4, at most two of every four in a row", choices=list(PATTERNS), default="any")
     parser.add("--no-scale", "split and choose in the units of W, without the metric", action="store_true")
@@ -410,8 +431,7 @@ def main():
     args = parser.parse_args()
     job = Job(args, "cap")
     model = job.model
-    if args.pattern == "2:4" and (args.estimator == "policy" or any(n % 4 for _, n, _ in job.shapes.values())):
-        raise UserError("--pattern 2:4 needs --estimator metric, and matrices whose inputs are a multiple of 4")
+    check(block_layers(model), args.ratio, args.estimator, args.rank_share, args.rounds, PATTERNS[args.pattern])
     job.score("dense", "dense")
     metrics = job.metrics()
     for key, label, prune in [("magnitude", "magnitude", magnitude), ("wanda", "Wanda, row-wise", wanda)]:

@@ -14,16 +14,21 @@ def prune_all(prune, layers, metrics, ratio):
             for name, layer in layers.items()}
 
 
+def share(ratio, count):
+    """(1 - ratio) count, rounded down; 1 - 0.9 is a little less than 0.1."""
+    return int((1 - ratio) * count + 1e-6)
+
+
 def magnitude(W, G, ratio):
     """The largest entries of a matrix, (1 - ratio) of them."""
     flat = W.flatten()
-    top = flat.abs().topk(int((1 - ratio) * len(flat))).indices
+    top = flat.abs().topk(share(ratio, len(flat))).indices
     return torch.zeros_like(flat).scatter(0, top, flat[top]).view_as(W)
 
 
 def wanda(W, G, ratio):
     """Wanda (Sun et al. 2024, arXiv 2306.11695): in every row, the largest |W| D; D [n] is the inputs' root mean square."""
-    top = (W.abs() * G.diagonal().sqrt()).topk(int((1 - ratio) * W.shape[1]), dim=1).indices
+    top = (W.abs() * G.diagonal().sqrt()).topk(share(ratio, W.shape[1]), dim=1).indices
     return torch.zeros_like(W).scatter(1, top, W.gather(1, top))
 
 
@@ -59,8 +64,8 @@ def oats(W, G, ratio, rank_share=0.25, rounds=80):
     """
     (m, n), D = W.shape, G.diagonal().sqrt()
     A = W * D
-    kept = (1 - ratio) * m * n
-    rank, per_row = int(rank_share * kept / (m + n)), int((1 - rank_share) * kept / m)
+    rank = int(rank_share * share(ratio, m * n) / (m + n))
+    per_row = share(ratio + rank_share * (1 - ratio), n)
     S, V = torch.zeros_like(A), torch.linalg.svd(A, full_matrices=False)[2][:rank].T
     for _ in range(rounds):
         U = torch.linalg.qr((A - S) @ V)[0]

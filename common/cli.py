@@ -77,7 +77,9 @@ def run(main):
         main()
     except (UserError, FloatingPointError) as error:
         fail(error)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         fail(f"{str(error).splitlines()[0]}: give a smaller --batch-size or --seqlen, or see --help for --host-weights and others")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):

@@ -60,7 +60,7 @@ def collect_metric(model, layers, batches, progress=False):
     hooks = [layer.register_forward_hook(functools.partial(watch, name)) for name, layer in layers.items()]
     hooks.append(model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()))
     try:
-        with frozen(model):                                  # gradients of the outputs are all that is asked for
+        with torch.enable_grad(), frozen(model):             # gradients of the outputs are all that is asked for
             for ids in bar(batches, progress, desc="metric", unit="batch"):
                 logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1)
                 p = logits.detach().softmax(-1, dtype=torch.float32)
