@@ -2137,6 +2137,22 @@ def test_a_loss_that_is_not_finite_ends_the_policy():
         rpca.policy_gradient(lambda masks, step: math.nan if step == 2 else 1.0, [torch.full((4,), 0.5)], [1], 2, steps=3)
 
 
+@pytest.mark.parametrize("method", [soco, rpca])
+@pytest.mark.parametrize("training", [False, True])
+def test_compressed_layers_are_in_the_mode_of_the_model(method, training):
+    model = method.compress(tiny_gpt2().train(training), [tokens(2, 16)], 0.5, **{soco: {"steps": 2}, rpca: {}}[method])
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_a_model_in_use_unpacks_its_sparse_parts_once(monkeypatch):
+    model, unpacked, sparse = cap(), [], rpca.LowRankPlusSparse.sparse
+    monkeypatch.setattr(rpca.LowRankPlusSparse, "sparse", lambda layer: unpacked.append(layer) or sparse(layer))
+    with torch.no_grad():
+        for _ in range(3):
+            model(tokens(2, 16))
+    assert len(unpacked) == len(set(unpacked)) == 8
+
+
 def test_compress_and_rpca_need_no_gradients_and_make_none():
     with torch.no_grad():
         model = cap()

@@ -59,11 +59,11 @@ def dense_like(layer, W, bias):
 
 
 def swap(model, new_of):
-    """Put new_of[layer] in place of every layer wherever the model holds it."""
+    """Put new_of[layer] in place of every layer wherever the model holds it, in the mode, training or not, of that layer."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new_of:
-                parent._modules[name] = new_of[child]
+                parent._modules[name] = new_of[child].train(child.training)
 
 
 @contextlib.contextmanager
