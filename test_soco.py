@@ -2503,6 +2503,8 @@ def test_every_flag_of_cap_reaches_the_method(command, tmp_path):
         report = json.loads((tmp_path / "folder" / "metrics.json").read_text())
         seen[flag] = report["ppl"]["compressed"]
         assert report["ppl"]["dense"] == pytest.approx(perplexity(tiny_gpt2(), tokens(1000, seed=1), 64, blocks=3).ppl, rel=1e-4)
+        again = re.search(r"score it again with: python eval_ppl.py (.*)", out)[1]
+        assert command("eval_ppl.py", f"{again} --blocks 3")[1].startswith(f"perplexity {seen[flag]:.4f}"[:15])
     assert len(set(seen.values())) == len(seen), seen
 
 

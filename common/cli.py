@@ -328,7 +328,8 @@ class Job:
         print(f"kept {report['kept_params'] / compressible:.4f} of {compressible:,} block numbers; file "
               f"{report['file_bytes'] / 1e6:.1f} MB, dense {report['dense_bytes'] / 1e6:.1f} MB; peak memory "
               f"{report['peak_memory_bytes'] / 1e9:.2f} GB; seconds {self.seconds}")
-        print(f"written to {folder}; score it again with: python eval_ppl.py --model {folder}")
+        print(f"written to {folder}; score it again with: python eval_ppl.py --model {folder} --eval {self.args.eval} "
+              f"--seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}")
 
 
 def allocation(layers):
