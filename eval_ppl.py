@@ -4,16 +4,32 @@
     python eval_ppl.py --model gpt2 --seqlen 1024        # GPT-2 on the WikiText-2 test split, on a GPU if there is one
     python eval_ppl.py --model out/FOLDER                # what soco.py or rpca.py wrote
 
-Protocol. The text is tokenised in one piece and cut into non-overlapping blocks of `seqlen` tokens;
-the tail is dropped; each block is scored alone, its first token not scored; one sum of nats over one
-count of tokens. With a stride smaller than `seqlen`, windows overlap and every token is scored once,
-with all the context its window gives it (the sliding window of the transformers documentation).
-Perplexities of different protocols, text or tokenisers do not compare.
+Protocol. The text is tokenised in one piece and cut into non-overlapping blocks of `seqlen` tokens; the tail is
+dropped; each block is scored alone, its first token not scored; one sum of nats over one count of tokens. With a
+stride smaller than `seqlen`, windows overlap and every token is scored once, with all the context its window gives
+it (the sliding window of the transformers documentation). Perplexities of different protocols, texts or
+tokenisers do not compare.
+
+This file stands below soco.py and rpca.py: they take from it the texts, the loading of a model and the conventions
+of the command line.
 """
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))        # Ctrl-C while torch is imported: no traceback
+
+import argparse
 import ast
+import errno
 import functools
+import importlib
+import json
 import math
+import os
+import re
 import sysconfig
+import traceback
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,11 +37,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from common import UserError, bar
-from common.cli import (BUNDLED, Parser, add_model_flags, check_seqlen, load_model, longest_input, pick_device, pick_dtype,
-                        run, whole)
-from common.layers import input_device
+BUNDLED = str(Path(__file__).resolve().parent / "demo")           # a small GPT-2 that needs no download
+
+
+class UserError(ValueError):
+    """Input that cannot be used. A command prints its message, one line that says the way out, and exits with 2."""
 
 
 class Perplexity(NamedTuple):
@@ -38,31 +56,35 @@ class Perplexity(NamedTuple):
 def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=False):
     """exp of the mean negative log-likelihood of `ids` [tokens], in windows of `seqlen` tokens.
 
-    stride: tokens from one window to the next (default seqlen: blocks that share nothing).
-    blocks: score only the first so many windows. Raises ValueError when there is not one whole window, and
-    FloatingPointError when the result is not finite.
+    stride: tokens from one window to the next (default seqlen: blocks that share nothing). blocks: score only the
+    first so many windows. Raises ValueError when there is not one whole window, and FloatingPointError when the
+    result is not finite. The model is left in the mode, module by module, in which it was.
     """
     stride = stride or seqlen
     starts = range(0, len(ids) - seqlen + 1, stride)[:blocks]
     if not starts or not 1 <= stride <= seqlen or seqlen < 2:
         raise ValueError(f"{len(ids)} tokens, seqlen {seqlen}, stride {stride}: no whole window to score")
-    training = model.training
+    device, modes = model.get_input_embeddings().weight.device, {m: m.training for m in model.modules()}
     model.eval()
-    nats = tokens = 0
-    at_once = max(1024 // seqlen, 1)                                   # windows in one forward pass
-    for first in bar(range(0, len(starts), at_once), progress, desc="perplexity", unit="batch"):
-        some = starts[first:first + at_once]
-        windows = torch.stack([ids[start:start + seqlen] for start in some]).to(input_device(model))
-        logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
-        targets = windows[:, 1:].to(logits.device, copy=True)
-        for target, start in zip(targets, some):
-            target[:seqlen - stride - 1 if start and stride < seqlen else 0] = -100     # scored in the window before
-        for logit, target in zip(logits, targets):
-            nats += F.cross_entropy(logit.float(), target, reduction="sum").item()
-        tokens += (targets != -100).sum().item()
-    model.train(training)
+    nats, tokens, at_once = 0.0, 0, max(1024 // seqlen, 1)        # windows in one forward pass
+    try:
+        for first in tqdm(range(0, len(starts), at_once), "perplexity", disable=None if progress else True, leave=False):
+            some = starts[first:first + at_once]
+            windows = torch.stack([ids[start:start + seqlen] for start in some]).to(device)
+            logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
+            targets = windows[:, 1:].to(logits.device, copy=True)
+            for target, start in zip(targets, some):
+                target[:seqlen - stride - 1 if start and stride < seqlen else 0] = -100    # scored in the window before
+                tokens += seqlen - 1 if start == 0 or stride == seqlen else stride
+            for logit, target in zip(logits, targets):
+                nats += F.cross_entropy(logit.float(), target, reduction="sum").double()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    nats = float(nats)
     if not math.isfinite(nats):
-        raise FloatingPointError(f"perplexity is {nats}: the model's logits are not finite in {model.dtype}; try --dtype float32")
+        raise FloatingPointError(f"perplexity is {nats}: the model's logits are not finite in {model.dtype}; "
+                                 f"try --dtype float32")
     return Perplexity(math.exp(min(nats / tokens, 700)), nats / tokens, tokens)
 
 
@@ -115,59 +137,286 @@ def stdlib(split):
     return "\n\n".join(train if split == "train" else test)
 
 
+TEXTS = {"wikitext2": wikitext2, "stdlib": stdlib}
+
+
 def load_text(name, split):
     """The text called `name` (wikitext2, stdlib) in its train or test split, or the text file `name` as it stands."""
-    if Path(name).is_file():
-        try:
-            return Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read text {name!r} ({error}): give a UTF-8 text file, wikitext2 or stdlib") from error
-    if name not in TEXTS:
+    if name not in TEXTS and not Path(name).is_file():
         raise UserError(f"{name!r} is no text: give a text file, or one of {', '.join(TEXTS)}")
     try:
-        return TEXTS[name](split)
-    except (OSError, StopIteration, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot get {name} from the hub ({type(error).__name__}): give a text file, or stdlib") from error
-
-
-TEXTS = {"wikitext2": wikitext2, "stdlib": stdlib}
+        return TEXTS[name](split) if not Path(name).is_file() else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, StopIteration, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read text {name!r} ({type(error).__name__}): give a UTF-8 text file, wikitext2 "
+                        f"(needs the hub) or stdlib") from error
 
 
 def encode(tokenizer, text):
     """Token ids [tokens] of a whole text, with the special tokens that the tokenizer adds by itself."""
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].long()
 
 
-def load_tokens(tokenizer, name, split, seqlen):
-    """Token ids [tokens] of a named text; a text shorter than one block is bad input."""
+def load_tokens(model, tokenizer, name, split, seqlen):
+    """Token ids [tokens] of a named text; a text shorter than one block, or ids unknown to the model, are bad input."""
     ids = encode(tokenizer, load_text(name, split))
     if len(ids) < seqlen:
         raise UserError(f"text {name!r} has {len(ids)} tokens, fewer than one block of {seqlen}: "
                         f"give a longer text or a smaller sequence length")
+    known = model.get_input_embeddings().num_embeddings
+    if ids.max() >= known:
+        raise UserError(f"the tokenizer gives token {ids.max()} in text {name!r}, and the model knows {known}: "
+                        f"the folder's tokenizer is not that of the model")
     return ids
 
 
-# ---- the command ------------------------------------------------------------------------------
+# ---- models -----------------------------------------------------------------------------------
+
+def pick_device(name):
+    """torch.device for auto (CUDA if there is one), cpu, cuda, cuda:1, ...; under torchrun each process has its own."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):           # not mps: it has no float64
+        raise UserError(f"--device {name!r}: no such device; use cpu, cuda, cuda:N or auto")
+    if name in ("auto", "cuda") and (torch.cuda.is_available() or name == "cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device("cpu" if name == "auto" else name)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device, requires_grad=True).sum().backward()    # else the first real one warns of no context
+    return device
+
+
+def pick_dtype(name, device):
+    """torch.dtype for auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    return getattr(torch, name) if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(name, device, dtype, device_map=None, **options):
+    """(model, tokenizer) of a local folder, dense or compressed, or of a hub id; only safetensors is read.
+
+    device_map: as for from_pretrained, in place of `device`. options: revision and trust_remote_code.
+    Raises UserError for what cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    if device_map:
+        options["device_map"] = json.loads(device_map) if device_map.startswith("{") else device_map
+    load = check_folder(Path(name)) if Path(name).is_dir() else load_dense
+    try:
+        AutoConfig.from_pretrained(name, **{k: v for k, v in options.items() if k != "device_map"})
+        tokenizer = AutoTokenizer.from_pretrained(name, **{k: v for k, v in options.items() if k != "device_map"})
+        model = load(name, dtype=dtype, **options)
+        model = model if device_map else model.to(device)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:                                    # of transformers, tokenizers, safetensors, ...
+        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(innermost).parent == Path(__file__).parent and not isinstance(error, (ValueError, OSError)):
+            raise                                                 # ... but not a defect of ours
+        raise UserError(f"cannot load --model {name}: {reason(error)}; give a folder that holds a transformers model "
+                        f"(config.json, model.safetensors), or leave --model out for the bundled one") from error
+    bad = next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
+    if bad:
+        raise UserError(f"--model {name}: tensor {bad} holds NaN or infinity in {dtype}; "
+                        f"mend the weights or use --dtype float32")
+    return model, tokenizer
+
+
+def load_dense(name, **options):
+    """from_pretrained, which must not invent a tensor."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    model, info = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise UserError(f"tensor {sorted(info['missing_keys'])[0]} is missing")
+    return model
+
+
+def check_folder(folder):
+    """What loads a local folder: load_dense or, for a compressed model, `load` of the script that wrote it.
+
+    Refuses weights outside the folder, and pickles: an index of shards may name any file.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        index = folder / "model.safetensors.index.json"
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else []
+        method = (config.get("compressed") or {}).get("method")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"cannot load --model {folder}: config.json or the index of its weights cannot be read "
+                        f"({reason(error)}); give a folder that holds a transformers model") from error
+    outside = [name for name in shards if not re.fullmatch(r"[^/\\]+\.safetensors", str(name))]
+    outside += [key for key in ("transformers_weights",) if config.get(key)]
+    outside += [name for name in ("adapter_config.json",) if (folder / name).exists()]
+    if outside:
+        raise UserError(f"cannot load --model {folder}: it reads {outside[0]}; only safetensors files in the folder are read")
+    if method is None:
+        return load_dense
+    try:
+        return importlib.import_module({"soco": "soco", "cap": "rpca"}[method]).load
+    except (KeyError, ImportError) as error:
+        raise UserError(f"--model {folder} was compressed by {method!r}: put soco.py and rpca.py beside "
+                        f"{Path(__file__).name}") from error
+
+
+def reason(error):
+    """One line that says why a model could not be loaded."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return "it is neither a folder nor a model on the hub"
+    if any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for cause in causes):
+        return "it is no folder, and the hub is out of reach"
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def longest_input(model):
+    """Tokens that a model reads at a time, or None if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_windows(model, flags):
+    """Refuse windows longer than the model reads: flags is {flag: tokens}."""
+    longest = longest_input(model)
+    for flag, seqlen in flags.items():
+        if longest and seqlen > longest:
+            raise UserError(f"{flag} {seqlen}: this model reads at most {longest} tokens at a time")
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults and turns a wrong flag into a UserError."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+    def parse_args(self, args=None):
+        args = sys.argv[1:] if args is None else args
+        for arg in args:
+            if arg.endswith("=--"):                               # argparse ends in a traceback
+                self.error(f"{arg}: -- is no value")
+        return super().parse_args(args)
+
+
+def whole(low, high=2 ** 31):
+    """argparse type: a whole number from `low` to `high`."""
+    def parse(text):
+        if not re.fullmatch(r"-?\d{1,12}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
+        return int(text)
+    return parse
+
+
+def between(low, high, or_low=False):
+    """argparse type: a number between `low` and `high`, which are excluded, but `low` not with or_low."""
+    def parse(text):
+        try:
+            if low < float(text) < high or (or_low and float(text) == low):
+                return float(text)
+        except ValueError:
+            pass
+        ends = "from {} to below {}" if or_low else "between {} and {}, both excluded"
+        raise argparse.ArgumentTypeError(f"{text} is not a number {ends.format(low, high)}")
+    return parse
+
+
+def add_model_flags(parser):
+    parser.add_argument("--model", default=BUNDLED, help="folder or hub id of a causal language model, dense or compressed")
+    parser.add_argument("--revision", help="of a hub model: a branch, tag or commit")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that a hub model brings along")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA if there is one")
+    parser.add_argument("--device-map", help="in place of --device, what from_pretrained takes: auto (over several GPUs; "
+                                             "needs accelerate), a device, or JSON {module: device}")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                        help="of the weights; auto is bfloat16 on CUDA, else float32")
+
+
+def default_text(model):
+    return "stdlib" if model == BUNDLED else "wikitext2"
+
+
+def say(line):
+    """Print a line; a stdout that nobody reads any more does not end the run."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(main, *bad_input):
+    """Call a script's main(); bad input (UserError, `bad_input`) ends it with one line and exit code 2, a defect keeps
+    its traceback. Of several processes that torchrun started, the first alone prints, but each its own failure.
+    """
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    if rank != "0":
+        sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")         # a folder's name that the terminal cannot print
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # temporary folders are removed on the way out
+
+    def fail(message):
+        together = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+        if rank == "0" or not together:                           # before they join, all processes fail alike
+            print(f"{script}: error: {'' if together else f'process {rank}: '}{message}", file=sys.stderr)
+        sys.exit(2)
+
+    try:
+        main()
+    except (UserError, FloatingPointError, *bad_input) as error:
+        fail(" ".join(str(error).split()))
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        fail(f"out of memory: {(str(error).splitlines() or [''])[0]}; give a smaller --batch-size or --seqlen, or --device-map")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
+            raise
+        fail(f"{error.filename or ''} {error.strerror}: give another place")
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted, nothing half written is left", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
 
 def main():
     parser = Parser(__doc__)
     add_model_flags(parser)
-    parser.add("--eval", "text to score: wikitext2, stdlib or a file; its test split")
-    parser.add("--seqlen", "tokens a window (default: what the model reads, at most 2048)", type=whole(2))
-    parser.add("--stride", "tokens from one window to the next (default: seqlen)", type=whole(1))
-    parser.add("--blocks", "score only the first so many windows (default: all)", type=whole(1))
+    parser.add_argument("--eval", help="text to score, its test split: wikitext2, stdlib or a file "
+                                       "(default: stdlib for the bundled model, else wikitext2)")
+    parser.add_argument("--seqlen", type=whole(2), help="tokens a window (default: what the model reads, at most 2048)")
+    parser.add_argument("--stride", type=whole(1), help="tokens from one window to the next (default: --seqlen)")
+    parser.add_argument("--blocks", type=whole(1), help="score only the first so many windows (default: all)")
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer = load_model(args.model, device, dtype, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_model(args.model, device, dtype, args.device_map, revision=args.revision,
+                                  trust_remote_code=args.trust_remote_code)
     seqlen = args.seqlen or min(longest_input(model) or 2048, 2048)
-    if (args.stride or seqlen) > seqlen:
-        raise UserError(f"--stride {args.stride} is longer than the window, {seqlen} tokens: it would skip text")
-    check_seqlen("--seqlen", seqlen, model)
-    data = args.eval or ("stdlib" if args.model == BUNDLED else "wikitext2")
-    result = perplexity(model, load_tokens(tokenizer, data, "test", seqlen), seqlen, args.stride, args.blocks, progress=True)
-    print(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split test, "
-          f"seqlen {seqlen}, stride {args.stride or seqlen}, tokens {result.tokens}, dtype {str(dtype).removeprefix('torch.')})")
+    stride = args.stride or seqlen
+    if stride > seqlen:
+        raise UserError(f"--stride {stride} is longer than the window, {seqlen} tokens: it would skip text")
+    check_windows(model, {"--seqlen": seqlen})
+    data = args.eval or default_text(args.model)
+    ids = load_tokens(model, tokenizer, data, "test", seqlen)
+    result = perplexity(model, ids, seqlen, stride, args.blocks, progress=True)
+    say(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split test, seqlen "
+        f"{seqlen}, stride {stride}, tokens {result.tokens}, dtype {str(dtype).removeprefix('torch.')})")
 
 
 if __name__ == "__main__":

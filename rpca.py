@@ -3,21 +3,30 @@
     python rpca.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
-The method, on one screen. *Stage 1*: every block weight W [m, n], scaled so that the square of an entry is the loss
-it costs (R^(1/2) W D, common/metric.py), is split by principal component pursuit,
+The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D (D^2 and R: mean squared inputs
+and gradients at the outputs) so that the square of an entry is about the loss it costs, is split by principal
+component pursuit,
 
     min |L|_* + lam |S|_1   with  L + S = W:     L = U diag(sigma) V low-rank,  S sparse.
 
 *Stage 2*: every direction of every L and every entry of every S has a probability p of being kept, under one budget
 for the whole model,
 
-    sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * numbers in the block weights.
+    sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * parameters in the block weights.
 
-The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default drives the
-p of entries to 0 or 1 by what the metric predicts, in rounds, and gives L a small share of what each matrix may keep.
+The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default drives
+the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, E[g_i^2 x_j^2] S_ij^2 (Fisher
+information, token by token), in rounds, and gives L a share of what a matrix may keep where that lowers its loss.
 *Then* the kept values are refitted, and each layer is stored as U sqrt(sigma), sqrt(sigma) V, a bitmask and the values
-of S (common/sparse.py). (S is the sparse part here; in soco.py it is the score.)
+of S. (S is the sparse part here; in soco.py it is the score.)
 """
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))            # Ctrl-C while torch is imported: no traceback
+
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -26,12 +35,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, bar
-from common.folder import install, load, register, save    # load and save stand here for whoever imports this module
-from common.layers import block_layers, frozen, input_device, matrix, swapped
-from common.metric import collect_metric, threshold
-from common.processes import average, shared_out
-from common.sparse import LowRankPlusSparse
+from soco import (KINDS, CannotCompress, Report, add_run_flags, as_the_first, average, bar, block_layers, check_run, dense_like,
+                  free_memory, frozen, input_device, install, load, matrix, measured, out_folders, read_inputs, sample_batches,
+                  save, swap, swapped)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -55,7 +61,8 @@ def rpca(W, lam=None, penalty=None, tol=1e-6, max_iter=500):
     Stops at a relative residual of at most tol, or after max_iter iterations.
     """
     norm = functools.partial(torch.linalg.matrix_norm, keepdim=True)
-    U, lam, residuals = leading_range(W), lam or max(W.shape[-2:]) ** -0.5, []
+    lam = max(W.shape[-2:]) ** -0.5 if lam is None else lam
+    U, residuals = leading_range(W), []
     mu = torch.full_like(W[..., :1, :1], penalty) if penalty else 1.25 / (norm(U.mT @ W, 2) + 1e-30)
     S, Z = torch.zeros_like(W), torch.zeros_like(W)                   # Z = Y / mu, Y the multiplier
     while not residuals or (residuals[-1] > tol and len(residuals) < max_iter):
@@ -77,9 +84,10 @@ def soft_threshold(A, tau):
 
 
 def leading_range(A, start=None, steps=2):
-    """Orthonormal basis [..., m, k] near the leading left singular vectors of A [..., m, n]: subspace iteration from `start`
-    and ten random directions (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4)."""
-    basis = torch.randn(*A.shape[:-1], 10, generator=torch.Generator(A.device).manual_seed(0), dtype=A.dtype, device=A.device)
+    """Orthonormal basis [..., m, k] near the leading left singular vectors of A [..., m, n]: subspace iteration from
+    `start` and ten random directions (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4), the same ones on any device."""
+    basis = torch.randn(A.shape[-2], 10, generator=torch.Generator().manual_seed(0), dtype=A.dtype, device="cpu")
+    basis = basis.to(A.device).expand(*A.shape[:-1], 10)
     basis = basis if start is None else torch.cat([start, basis], -1)
     for _ in range(steps):
         basis = torch.linalg.qr(A @ (A.mT @ basis))[0]
@@ -173,8 +181,6 @@ def keep_most_probable(p, cost, budget):
     return [part.view_as(q) for part, q in zip(keep.split([q.numel() for q in p]), p)]
 
 
-# ---- values on a chosen structure -----------------------------------------------------------------
-
 @torch.no_grad()
 def refit(T, S, mask, G, iterations=12, damping=1e-2):
     """Values of S on `mask` that bring S x closest to T x: min tr((T - S) G (T - S)^T), all rows at once.
@@ -222,37 +228,105 @@ def alternate(Q, V, kept, rounds=3):
     return U, V
 
 
+# ---- the layer ----------------------------------------------------------------------------------
+
+class LowRankPlusSparse(nn.Module):
+    """y = up(down(x)) + S x + b: rank k (two nn.Linear, none for k = 0) plus a sparse S [m, n], for a dense [m, n] layer.
+
+    In memory S is dense, zeros and all: as large as the dense weight, and as fast. state_dict(), and so a file, holds its
+    nonzero `values` and a `mask` of 1 bit an entry; a new layer holds that form until `unpack`. Training leaves zeros zero.
+    `weight` is a marker of one number where the dense weight stood.
+    """
+
+    def __init__(self, n, m, rank, nonzeros, bias=True, **where):
+        super().__init__()
+        self.shape = (m, n)
+        self.down = nn.Linear(n, rank, bias=False, **where) if rank else None
+        self.up = nn.Linear(rank, m, bias=False, **where) if rank else None
+        self.bias = nn.Parameter(torch.empty(m, **where)) if bias else None
+        self.S, self.values = None, nn.Parameter(torch.empty(nonzeros, **where))
+        self.register_buffer("mask", torch.empty(-(-m * n // 8), dtype=torch.uint8, device=where.get("device")))
+        self.register_buffer("weight", torch.zeros(1, **where))
+
+    def unpack(self):
+        """Put S in place of its stored form."""
+        S = self.dense(self.values.detach(), self.mask)
+        self.S, self.values, self.mask = nn.Parameter(S, self.values.requires_grad), None, None
+
+    def dense(self, values, mask):
+        bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+        mask = bits.flatten()[:self.shape[0] * self.shape[1]].view(self.shape).bool()
+        if mask.sum() != len(values):
+            raise ValueError(f"a sparse matrix has {len(values)} values and {mask.sum()} bits in its mask")
+        return torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+
+    def spec(self):
+        return {"rank": self.up.in_features if self.up else 0, "nonzeros": int((self.S != 0).sum()), "bias": self.bias is not None}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.S is not None:
+            S = destination.pop(prefix + "S")
+            bits = F.pad((S != 0).flatten().to(torch.uint8), (0, -S.numel() % 8)).view(-1, 8)
+            shifts = torch.arange(8, dtype=torch.uint8, device=S.device)
+            destination[prefix + "mask"] = (bits << shifts).sum(1, dtype=torch.uint8)
+            destination[prefix + "values"] = S[S != 0]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if self.S is not None and prefix + "values" in state_dict:
+            state_dict[prefix + "S"] = self.dense(state_dict.pop(prefix + "values"), state_dict.pop(prefix + "mask"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x):
+        S = self.S * (self.S != 0) if self.S.requires_grad and torch.is_grad_enabled() else self.S    # no gradient for zeros
+        y = F.linear(x, S, self.bias)
+        return y if self.up is None else y + self.up(self.down(x))
+
+
+KINDS["LowRankPlusSparse"] = LowRankPlusSparse
+
+
+def low_rank_plus_sparse(U, V, S, bias, like):
+    """LowRankPlusSparse from U [m, k], V [k, n], S [m, n] and a bias [m] or None, in the dtype and on the device of `like`."""
+    new = LowRankPlusSparse(V.shape[1], *U.shape, 0, bias is not None, device=like.device, dtype=like.dtype)
+    new.S, new.values, new.mask = nn.Parameter(S.to(like)), None, None
+    with torch.no_grad():
+        for parameter, value in [(new.bias, bias)] + ([(new.up.weight, U), (new.down.weight, V)] if new.up else []):
+            if value is not None:
+                parameter.copy_(value)
+    return new.requires_grad_(like.requires_grad)
+
+
 # ---- compressing a model ------------------------------------------------------------------------
 
 ESTIMATORS = ("metric", "policy")
-RANK_SHARE = 0.02         # of the numbers that a matrix may keep, for L; more is worse on SmolLM2 (README)
+RANK_SHARE = 0.02         # of the parameters that a matrix may keep, for L; more is worse on SmolLM2 (bench/RESULTS.md)
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
+RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split at once
 
 
 class Draft(nn.Module):
-    """A matrix while its structure is chosen: W [m, n] = L + S, L = U V of rank k, S zero where it is dropped, in the units of W.
+    """A matrix while its structure is chosen: W [m, n] = L + S, L = U V of rank k, S zero where it is dropped, in the units
+    of W.
 
-    rows [m], columns [n]: R^(1/2) and D of the metric; an entry of R^(1/2) S D, squared, is its worth. All work on
-    the matrix is done on `device`; S stays where the layer is, in its dtype.
+    price [m, n]: E[g_i^2 x_j^2], times S^2 the predicted loss of dropping an entry. rows [m], columns [n]: R^(1/2) and D,
+    the scale in which W is split. G [n, n]: E[x x^T], on the layer's device or in main memory.
     """
 
-    def __init__(self, layer, metric, scale=True, device=None):
+    def __init__(self, layer, G, R, price, scale=True):
         super().__init__()
-        self.layer, self.G, self.device = layer, metric.G, device or layer.weight.device
+        self.layer, self.G, self.price, self.S = layer, G, price, matrix(layer).clone()
         self.rows, self.columns = ((A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A)
-                                   for A in (metric.R.to(self.device), metric.G.diagonal().to(self.device)))
-        self.m, self.n = matrix(layer).shape
-        self.U = self.V = self.S = None                               # until set_low_rank and set_sparse
+                                   for A in (R.diagonal(), G.diagonal().to(R)))
+        self.m, self.n = self.S.shape
+        self.U, self.V = self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n)
 
     def scaled(self):
         return self.rows[:, None] * matrix(self.layer).to(self.rows) * self.columns
 
     def set_low_rank(self, U, V):
         """L from factors [m, k], [k, n] in scaled units."""
-        self.U, self.V = U.to(self.rows) / self.rows[:, None], V.to(self.rows) / self.columns
-
-    def set_sparse(self, S):
-        self.S = S.to(self.layer.weight)
+        self.U, self.V = U / self.rows[:, None], V / self.columns
 
     def target(self):
         """W - L [m, n]: what S starts from, and is to stand for."""
@@ -260,137 +334,177 @@ class Draft(nn.Module):
 
     def worth(self):
         """Predicted loss of dropping each entry of S [m, n] float32."""
-        return (self.rows[:, None] * self.S.to(self.rows) * self.columns).square()
+        return self.S.float().square() * self.price
 
-    def refitted(self):
-        S = self.S.to(self.rows)
-        return (refit(self.target(), S, S != 0, self.G.to(self.device)).to(self.S.dtype),)
+    def loss_with(self, U, V, kept, G):
+        """Predicted loss tr(R (W - W') G (W - W')^T) of `kept` parameters, L = U V among them, the entries refitted."""
+        self.set_low_rank(U, V)
+        T = self.target()
+        worth = (T.square() * self.price).flatten()
+        entries = kept - U.shape[1] * (self.m + self.n)
+        cut = worth.kthvalue(worth.numel() - entries).values if entries < worth.numel() else -1.0
+        E = self.rows[:, None] * (T - refit(T, T, (worth > cut).view_as(T), G, iterations=6))
+        return ((E @ G) * E).sum()
 
     def forward(self, x):
-        return F.linear(x, (self.U @ self.V + self.S.to(self.rows)).to(x), self.layer.bias)
+        return F.linear(x, (self.U @ self.V + self.S).to(x), self.layer.bias)
 
     def finish(self):
         half = (self.U.norm(dim=0) / self.V.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-15)
-        S, self.S = self.S, None                                      # let go of it
-        return LowRankPlusSparse.of(self.U / half, half[:, None] * self.V, S, self.layer.bias, self.layer.weight)
+        return low_rank_plus_sparse(self.U / half, half[:, None] * self.V, self.S, self.layer.bias, self.layer.weight)
 
 
-def compress(model, batches, ratio=0.5, metrics=None, progress=False, **settings):
-    """Compress a causal language model in place, and return it, with `ratio` of its block weights' numbers removed.
+def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=5, scale=True, refitted=True,
+             keep=None, seed=0, progress=False):
+    """Compress a causal language model in place, and return it, with `ratio` of its block weights' parameters removed.
 
-    batches: token ids [batch, length], an iterable. metrics: what collect_metric gave for block_layers(model), if the
-    caller has it; else measured on `batches`. settings: of `compressed_layers`.
+    batches: token ids [batch, length], an iterable. estimator: "metric" or "policy" (the paper's). rank_share: of the
+    parameters that each matrix may keep, for its L ("metric"). rounds: of pruning and refitting, or of the policy over the
+    batches (the paper: 3). scale: whether the metric decides. refitted: whether kept values are refitted. keep: what
+    prunes ("metric"), default keep_worthiest. Raises CannotCompress before any work for settings that cannot be met.
     """
-    layers = block_layers(model)
-    new = compressed_layers(model, layers, metrics, list(batches), ratio, progress=progress, **settings)
-    return install(model, "cap", layers, new)
-
-
-def compressed_layers(model, layers, metrics, batches, ratio, estimator="metric", rank_share=RANK_SHARE, rounds=5, scale=True,
-                      keep=None, refitted=True, seed=0, device=None, progress=False):
-    """{layer: LowRankPlusSparse} for `layers` {name: layer} of a model, which is left as it was.
-
-    estimator: "metric" or "policy" (the paper's). rank_share: of the numbers that each matrix may keep, for its L ("metric").
-    rounds: of pruning and refitting, or of the policy over the batches (the paper: 3). keep: what prunes S under "metric", a
-    value of `PATTERNS`. device: where matrices are worked on, one at a time (default: where each lies); the policy holds all
-    probabilities there. Raises UserError for settings that cannot be met.
-    """
-    check(layers, ratio, estimator, rank_share, rounds, keep)
-    metrics = metrics or collect_metric(model, layers, batches, progress=progress)
-    drafts = [Draft(layer, metrics[name], scale, device) for name, layer in layers.items()]
-    budget = int((1 - ratio) * sum(draft.m * draft.n for draft in drafts))
+    layers, batches = block_layers(model), list(batches)
+    check(layers, batches, ratio, estimator, rank_share, rounds)
+    drafts = drafted(model, layers, batches, scale, progress)
     if estimator == "policy":
-        choose_by_policy(model, drafts, batches, budget, rounds, seed, progress)
-        if refitted:
-            refit_all(drafts)
+        choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress)
     else:
         set_ranks(drafts, ratio, rank_share, progress)
-        choose_by_metric(drafts, budget, rounds, keep or keep_worthiest, refitted, progress)
-    return {draft.layer: draft.finish() for draft in drafts}
+        choose_by_metric(drafts, ratio, rounds, keep or keep_worthiest, refitted, progress)
+    return install(model, "cap", layers, {draft.layer: draft.finish() for draft in drafts})
 
 
-def check(layers, ratio, estimator, rank_share, rounds, keep):
-    """Refuse what `compressed_layers` cannot do."""
+def check(layers, batches, ratio, estimator, rank_share, rounds):
+    """Refuse what `compress` cannot do."""
+    if torch.is_inference_mode_enabled():
+        raise CannotCompress("the metric needs gradients, and torch.inference_mode() has none: leave it, or use no_grad")
+    if not batches:
+        raise CannotCompress("there are no batches: give token ids [batch, length] to measure on")
     if not 0 < ratio < 1:
-        raise UserError(f"ratio {ratio} is not between 0 and 1")
-    if estimator not in ESTIMATORS:
-        raise UserError(f"estimator {estimator} is none of {', '.join(ESTIMATORS)}")
-    if not 0 <= rank_share < 1:
-        raise UserError(f"rank_share {rank_share} is not in [0, 1)")
-    if rounds < (estimator == "metric"):
-        raise UserError(f"rounds {rounds} is less than 1")
-    if keep is keep_two_of_four and (estimator == "policy" or any(matrix(layer).shape[1] % 4 for layer in layers.values())):
-        raise UserError("--pattern 2:4 needs --estimator metric, and matrices whose inputs are a multiple of 4")
+        raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
+    if estimator not in ESTIMATORS or not 0 <= rank_share < 1 or rounds < (estimator == "metric"):
+        raise CannotCompress(f"estimator {estimator!r}, rank_share {rank_share} or rounds {rounds} cannot be: an estimator "
+                             f"of {', '.join(ESTIMATORS)}, a share from 0 to below 1, at least one round")
+
+
+def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *measured: None):
+    """A Draft of each of `layers` {name: layer}; visit(layer, metric) sees each metric. Of the Gram matrices, those stay on
+    the devices that take no more than half of what is free there, and the others go to main memory."""
+    room = min(free_memory(layer.weight.device) for layer in layers.values()) // 2
+    tokens, prices, drafts, latest = sum(ids.numel() for ids in batches), {}, [], (None, None)
+
+    def see(name, x, g):
+        if scale:
+            price = prices.setdefault(name, g.new_zeros(g.shape[1], x.shape[1], dtype=torch.float32))
+            price.addmm_(g.float().square().T, x.float().square())
+
+    for name, layer, metric in measured(model, layers, batches, progress, also=see):
+        visit(layer, metric)
+        if metric.G is not latest[0]:                                 # q, k and v share one
+            room -= metric.G.nbytes
+            latest = metric.G, metric.G if room > 0 else metric.G.cpu()
+        price = prices.pop(name) / tokens if scale else torch.ones(1, 1, device=layer.weight.device)
+        average(price)
+        price = price.to(torch.float32 if layer.weight.element_size() == 4 else torch.bfloat16)
+        drafts.append(Draft(layer, latest[1], metric.R, price, scale))
+    return drafts
 
 
 def set_ranks(drafts, ratio, rank_share, progress):
-    """Stage 1 for every matrix: its L from robust PCA, at the rank that `rank_share` of the numbers it may keep pays for."""
-    def split(draft):
-        Q, kept = draft.scaled(), int((1 - ratio) * draft.m * draft.n)
-        k = int(rank_share * kept / (draft.m + draft.n))
-        return alternate(Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:k], kept) if k else (Q[:, :0], Q[:0])
+    """Stage 1: L of every matrix from robust PCA, at the rank that `rank_share` of the parameters it may keep pays for, where
+    that lowers its predicted loss; matrices of one shape are split as a batch."""
+    shapes = {}
+    for draft in drafts:
+        shapes.setdefault((draft.m, draft.n, draft.rows.device), []).append(draft)
+    batches = [some[first:first + step] for (m, n, _), some in shapes.items() for step in [max(RPCA_BATCH // (m * n), 1)]
+               for first in range(0, len(some), step)]
+    for some in bar(batches, progress, desc="robust PCA", unit="batch"):
+        (m, n), kept = some[0].S.shape, int((1 - ratio) * some[0].S.numel())
+        if k := int(rank_share * kept / (m + n)):
+            Q = torch.stack([draft.scaled() for draft in some])
+            for draft, q, V in zip(some, Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:, :k]):
+                G, without = draft.G.to(draft.rows.device), (draft.U, draft.V)
+                with_L = as_the_first(alternate(q, V, kept))
+                if draft.loss_with(*with_L, kept, G) > draft.loss_with(*without, kept, G):
+                    with_L = without
+                draft.set_low_rank(*with_L)
+                draft.S = draft.target().to(draft.S)
 
-    found = bar(shared_out(split, drafts), progress, total=len(drafts), desc="robust PCA", unit="matrix")
-    for draft, factors in zip(drafts, found):
-        draft.set_low_rank(*factors)
-        draft.set_sparse(draft.target())
+
+def threshold(worths, count):
+    """The number t such that at most `count` entries exceed it, and more would exceed any smaller one.
+
+    worths(): iterates over non-negative float32 tensors, made anew on both passes so that one is in memory at a time.
+    Such floats are ordered as their bit patterns are: a radix select, by the high 16 bits and then by the low.
+    """
+    bucket, above = None, 0
+    for shift in (16, 0):
+        histogram = 0
+        for worth in worths():
+            bits = worth.contiguous().view(torch.int32).flatten()
+            if shift == 0:
+                bits = bits[bits >> 16 == bucket]
+            histogram = histogram + torch.bincount(bits >> shift & 0xffff, minlength=1 << 16).cpu()
+        at_least = histogram.flip(0).cumsum(0).flip(0) + above        # entries in this bucket or a higher one
+        last = int((at_least > count).nonzero().max()) if (at_least > count).any() else None
+        if last is None:
+            return -1.0
+        bucket, above = (last if shift else bucket << 16 | last), above + int(histogram[last + 1:].sum())
+    return torch.tensor([bucket], dtype=torch.int32).view(torch.float32).item()
 
 
 def keep_worthiest(drafts, count):
-    """Set every S to zero but for the `count` worthiest entries of them all; of entries that tie at the cut, none stays."""
+    """Drop all but the `count` worthiest entries of them all; of entries that tie at the cut, none stays."""
     cut = threshold(lambda: (draft.worth() for draft in drafts), count)
     for draft in drafts:
-        draft.set_sparse(draft.S.to(draft.device) * (draft.worth() > cut))
-
-
-def keep_two_of_four(drafts, count):
-    """`keep_worthiest` after all but the two worthiest of every four neighbours in a row have gone: the 2:4 pattern of GPUs."""
-    for draft in drafts:
-        groups = draft.worth().unflatten(1, (-1, 4))
-        top = torch.zeros_like(groups, dtype=torch.bool).scatter(2, groups.topk(2).indices, True)
-        draft.set_sparse(draft.S.to(draft.device) * top.flatten(1))
-    keep_worthiest(drafts, count)
-
-
-PATTERNS = {"any": keep_worthiest, "2:4": keep_two_of_four}
+        draft.S = draft.S * (draft.worth() > cut)
 
 
 def refit_all(drafts):
-    for draft, refitted in zip(drafts, shared_out(Draft.refitted, drafts)):
-        draft.set_sparse(*refitted)
+    """`refit` of every S on its entries; a G in main memory is moved once, for all the neighbours that share it."""
+    latest = None, None
+    for draft in drafts:
+        if draft.G is not latest[0]:
+            latest = draft.G, draft.G.to(draft.rows.device)
+        S = draft.S.float()
+        draft.S, = as_the_first([refit(draft.target(), S, S != 0, latest[1]).to(draft.S)])
 
 
-def choose_by_metric(drafts, budget, rounds, keep, refitted, progress):
+def choose_by_metric(drafts, ratio, rounds, keep, refitted, progress):
     """Stage 2 by the metric: drop the entries of least predicted loss in the whole model, refit, and again.
 
     The expected loss of independent Bernoulli masks grows by worth (1 - p) for every entry, so its gradient drives p to 1
     above one price for the whole model and to 0 below. The worth changes as the survivors make up for what is gone:
     hence in rounds, each dropping less than the one before.
     """
-    entries = budget - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
-    numbers = sum(draft.m * draft.n for draft in drafts)
+    start = sum((draft.S != 0).sum().item() for draft in drafts)
+    entries = budget_for(drafts, ratio) - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
     for done in bar(range(1, rounds + 1), progress, desc="choose and refit", unit="round"):
-        keep(drafts, entries + int((numbers - entries) * (1 - done / rounds) ** 2))
+        keep(drafts, entries + int((start - entries) * (1 - done / rounds) ** 2))
         if refitted:
             refit_all(drafts)
 
 
-def choose_by_policy(model, drafts, batches, budget, rounds, seed, progress):
+def budget_for(drafts, ratio):
+    return math.floor((1 - ratio) * sum(draft.m * draft.n for draft in drafts) + 1e-6)
+
+
+def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress):
     """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient, from a start at
     worth / (worth + cost * mean worth), projected on the budget: what the metric would say."""
-    found = shared_out(lambda draft: rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4], drafts)
-    device, splits, worths, cost = drafts[0].device, [], [], []
-    for draft, (U, sigma, V, S) in zip(drafts, bar(found, progress, total=len(drafts), desc="robust PCA", unit="matrix")):
+    budget, device, splits, worths, cost = budget_for(drafts, ratio), drafts[0].rows.device, [], [], []
+    for draft in bar(drafts, progress, desc="robust PCA", unit="matrix"):
+        U, sigma, V, S = as_the_first([part.contiguous() for part in rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4]])
         worths += [sigma.square().to(device), S.square().to(device)]
         cost += [draft.m + draft.n, 1]
-        S = S.to(draft.rows) / draft.rows[:, None] / draft.columns
+        S = S / draft.rows[:, None] / draft.columns
         splits.append([part.to(draft.layer.weight) for part in (U * sigma, V, S)])
 
     def set_masks(masks):
         for draft, (U, V, S), directions, entries in zip(drafts, splits, masks[::2], masks[1::2]):
             kept = directions.to(U.device).bool()
-            draft.set_low_rank(U[:, kept], V[kept])
-            draft.set_sparse(S * entries.to(S))
+            draft.set_low_rank(U[:, kept].to(draft.rows), V[kept].to(draft.rows))
+            draft.S = S * entries.to(S)
 
     def loss_of(masks, step):
         set_masks(masks)
@@ -398,54 +512,84 @@ def choose_by_policy(model, drafts, batches, budget, rounds, seed, progress):
         with frozen(model), torch.no_grad(), swapped(model, {draft.layer: draft for draft in drafts}):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))
-        average([loss])
+        average(loss)
         return loss.item()
 
     mean = sum(worth.sum() for worth in worths) / sum(worth.numel() for worth in worths)
     p = project([worth / (worth + c * mean) for worth, c in zip(worths, cost)], cost, budget)
-    generator = torch.Generator(device=p[0].device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
     p, _ = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator, progress=progress)
     set_masks(keep_most_probable([q * (worth > 0) for q, worth in zip(p, worths)], cost, budget))
+    if refitted:
+        refit_all(drafts)
 
 
-# ---- load, command -------------------------------------------------------------------------------
+# ---- the baselines, and the command ----------------------------------------------------------------
 
-def build_empty(layer, shapes):
-    """What `Draft.finish` made of a layer, its weights still to be loaded, from the shapes of its tensors."""
-    (m, n), k = matrix(layer).shape, shapes.get("down.weight", [0])[0]
-    return LowRankPlusSparse(n, m, k, shapes["values"][0], bias="bias" in shapes, dtype=layer.weight.dtype)
+def magnitude(W, G, ratio):
+    """The largest entries of a matrix, (1 - ratio) of them."""
+    flat = W.flatten()
+    top = flat.abs().topk(int((1 - ratio) * len(flat) + 1e-6)).indices        # 1 - 0.9 is a little less than 0.1
+    return torch.zeros_like(flat).scatter(0, top, flat[top]).view_as(W)
 
 
-register("cap", build_empty)
+def wanda(W, G, ratio):
+    """Wanda (Sun et al. 2024, arXiv 2306.11695): in every row, the largest |W| D; D [n] is the inputs' root mean square."""
+    top = (W.abs() * G.diagonal().sqrt()).topk(int((1 - ratio) * W.shape[1] + 1e-6), dim=1).indices
+    return torch.zeros_like(W).scatter(1, top, W.gather(1, top))
 
 
 def main():
-    parser = run_parser(__doc__, metric_batches=32)
-    parser.add("--estimator", "of the mask: metric, or the paper's policy gradient", choices=ESTIMATORS, default="metric")
-    parser.add("--rank-share", "of the numbers that each matrix may keep, for its low-rank part (metric only)",
-               type=between(0, 1, or_low=True), default=RANK_SHARE)
-    parser.add("--rounds", "of pruning and refitting, or of the policy over the batches", type=whole(1), default=5)
-    parser.add("--pattern", "of S: any, or 2:4, at most two of every four in a row", choices=list(PATTERNS), default="any")
-    parser.add("--no-scale", "split and choose in the units of W, without the metric", action="store_true")
-    parser.add("--no-refit", "keep the values that stage 1 gave", action="store_true")
+    from eval_ppl import Parser, UserError, between, whole
+    parser = Parser(__doc__)
+    add_run_flags(parser, metric_batches=32)
+    parser.add_argument("--estimator", choices=ESTIMATORS, default="metric", help="of the mask: metric, or the paper's policy gradient")
+    parser.add_argument("--rank-share", type=between(0, 1, or_low=True), default=RANK_SHARE,
+                        help="of the parameters that each matrix may keep, for its low-rank part (metric only)")
+    parser.add_argument("--rounds", type=whole(1, 10 ** 4), default=5, help="of pruning and refitting, or of the policy over the batches")
+    parser.add_argument("--no-scale", action="store_true", help="split and choose in the units of W, without the metric")
+    parser.add_argument("--no-refit", action="store_true", help="keep the values that stage 1 gave")
     args = parser.parse_args()
-    job = Job(args, "cap")
-    model = job.model
-    check(block_layers(model), args.ratio, args.estimator, args.rank_share, args.rounds, PATTERNS[args.pattern])
-    job.score("dense", "dense")
-    metrics = job.metrics()
-    for key, label, prune in [("magnitude", "magnitude", magnitude), ("wanda", "Wanda, row-wise", wanda)]:
-        job.baseline(key, label, lambda: prune_all(prune, block_layers(model), metrics, args.ratio), pruned=True)
-    with job.clock("compress"):
-        compress(model, job.batches(args.metric_batches), args.ratio, metrics, progress=True, estimator=args.estimator,
-                 rank_share=args.rank_share, rounds=args.rounds, scale=not args.no_scale, refitted=not args.no_refit,
-                 keep=PATTERNS[args.pattern], seed=args.seed, device=job.device)
-    job.score("compressed", "CAP")
-    job.finish({name: {"rank": shapes.get("down.weight", [0])[0], "nonzeros": shapes["values"][0]}
-                for name, shapes in model.config.quantization_config["layers"].items()})
+    if args.estimator == "policy" and len(args.ratio) > 1:
+        raise UserError(f"--ratio {args.ratio}: the policy learns for one ratio; give one, or --estimator metric")
+    device, dtype = check_run(args)
+    with contextlib.ExitStack() as stack:
+        places = out_folders(args, "cap", stack)
+        model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
+        layers, batches = block_layers(model), sample_batches(calibration, args, args.metric_batches)
+        for ratio in args.ratio:
+            check(layers, batches, ratio, args.estimator, args.rank_share, args.rounds)
+        report = Report("cap", args, model, layers, evaluation)
+        report.score("dense", "dense")
+
+        prunings = [] if args.no_baselines else [("magnitude", magnitude), ("Wanda, row-wise", wanda)]
+        baselines = {(label, prune, ratio): {} for label, prune in prunings for ratio in args.ratio}
+
+        def prune_one(layer, metric):
+            for (_, prune, ratio), new in baselines.items():
+                new[layer] = dense_like(layer, prune(matrix(layer).float(), metric.G, ratio), layer.bias)
+
+        with report.clock("metric"):
+            drafts = drafted(model, layers, batches, not args.no_scale, progress=True, visit=prune_one)
+        for label, prune, ratio in list(baselines):
+            report.score(prune.__name__, label, ratio, baselines.pop((label, prune, ratio)), pruned=True)
+
+        if args.estimator == "metric":
+            with report.clock("stage 1"):
+                set_ranks(drafts, args.ratio[-1], args.rank_share, progress=True)
+        for ratio in args.ratio:                                      # each goes on where the one before has ended
+            with report.clock("stage 2"):
+                if args.estimator == "policy":
+                    choose_by_policy(model, drafts, batches, ratio, args.rounds, args.seed, not args.no_refit, progress=True)
+                else:
+                    choose_by_metric(drafts, ratio, args.rounds, keep_worthiest, not args.no_refit, progress=True)
+            install(model, "cap", layers, new := {draft.layer: draft.finish() for draft in drafts})
+            report.score("compressed", f"CAP, {args.estimator}", ratio)
+            report.write(places.get(ratio), ratio, tokenizer)
+            swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
 
 
 if __name__ == "__main__":
-    from bench.baselines import magnitude, prune_all, wanda
-    from common.cli import Job, between, run, run_parser, whole
-    run(main)
+    import rpca
+    from eval_ppl import run
+    run(rpca.main, CannotCompress)
