@@ -1,27 +1,25 @@
 """Perplexity of any causal language model, dense or compressed, by a stated protocol.
 
     python eval_ppl.py                                   # the bundled model, offline, on a laptop
-    python eval_ppl.py --model gpt2 --seqlen 1024        # GPT-2 on the WikiText-2 test split, on a GPU if there is one
+    python eval_ppl.py --model gpt2 --seqlen 1024        # GPT-2 on WikiText-2, on a GPU if there is one
     python eval_ppl.py --model out/FOLDER                # what soco.py or rpca.py wrote
 
-Protocol. The text is tokenised in one piece and cut into non-overlapping blocks of `seqlen` tokens; the tail is
-dropped; each block is scored alone, its first token not scored; one sum of nats over one count of tokens. With a
-stride smaller than `seqlen`, windows overlap and every token is scored once, with all the context its window gives
-it (the sliding window of the transformers documentation). Perplexities of different protocols, texts or
-tokenisers do not compare.
+Protocol. The text is tokenised in one piece and cut into non-overlapping blocks of `seqlen` tokens; the tail
+is dropped; each block is scored alone, its first token not scored; one sum of nats over one count of tokens.
+With a stride smaller than `seqlen`, windows overlap and every token is scored once, with all the context its
+window gives it (the sliding window of the transformers documentation). Perplexities of different protocols,
+texts or tokenisers do not compare.
 
-This file stands below soco.py and rpca.py: they take from it the texts, the loading of a model and the conventions
-of the command line.
+soco.py and rpca.py take from here the texts, the loading of a model and the conventions of the command line.
 """
 import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))        # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C while torch is imported: no traceback
 
 import argparse
 import ast
-import errno
 import functools
 import importlib
 import json
@@ -37,13 +35,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 BUNDLED = str(Path(__file__).resolve().parent / "demo")           # a small GPT-2 that needs no download
 
 
 class UserError(ValueError):
-    """Input that cannot be used. A command prints its message, one line that says the way out, and exits with 2."""
+    """Input that cannot be used. A command prints its message, one line with the way out, exits with 2."""
 
 
 class Perplexity(NamedTuple):
@@ -53,12 +50,13 @@ class Perplexity(NamedTuple):
 
 
 @torch.no_grad()
-def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=False):
+def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda batches: batches):
     """exp of the mean negative log-likelihood of `ids` [tokens], in windows of `seqlen` tokens.
 
-    stride: tokens from one window to the next (default seqlen: blocks that share nothing). blocks: score only the
-    first so many windows. Raises ValueError when there is not one whole window, and FloatingPointError when the
-    result is not finite. The model is left in the mode, module by module, in which it was.
+    stride: tokens from one window to the next (default seqlen: blocks that share nothing). blocks: score only
+    the first so many windows. progress: wraps the iterable of batches, as tqdm does. The model is left in the
+    mode, module by module, in which it was. Raises ValueError when there is not one whole window, and
+    FloatingPointError when the result is not finite.
     """
     stride = stride or seqlen
     starts = range(0, len(ids) - seqlen + 1, stride)[:blocks]
@@ -68,15 +66,15 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=False):
     model.eval()
     nats, tokens, at_once = 0.0, 0, max(1024 // seqlen, 1)        # windows in one forward pass
     try:
-        for first in tqdm(range(0, len(starts), at_once), "perplexity", disable=None if progress else True, leave=False):
+        for first in progress(range(0, len(starts), at_once)):
             some = starts[first:first + at_once]
             windows = torch.stack([ids[start:start + seqlen] for start in some]).to(device)
             logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
             targets = windows[:, 1:].to(logits.device, copy=True)
-            for target, start in zip(targets, some):
-                target[:seqlen - stride - 1 if start and stride < seqlen else 0] = -100    # scored in the window before
-                tokens += seqlen - 1 if start == 0 or stride == seqlen else stride
-            for logit, target in zip(logits, targets):
+            for start, logit, target in zip(some, logits, targets):
+                before = seqlen - stride - 1 if start and stride < seqlen else 0  # scored by the last window
+                target[:before] = -100
+                tokens += len(target) - before
                 nats += F.cross_entropy(logit.float(), target, reduction="sum").double()
     finally:
         for module, training in modes.items():
@@ -102,7 +100,7 @@ def wikitext2(split):
 
 @functools.cache
 def stdlib_documents():
-    """{name: [text, ...]}: the help topics and the docstrings, module by module, of this Python's standard library."""
+    """{name: [text, ...]}: help topics and docstrings, by module, of this Python's standard library."""
     from pydoc_data.topics import topics
     documents = {f"topic {name}": [text] for name, text in topics.items()}
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -141,14 +139,14 @@ TEXTS = {"wikitext2": wikitext2, "stdlib": stdlib}
 
 
 def load_text(name, split):
-    """The text called `name` (wikitext2, stdlib) in its train or test split, or the text file `name` as it stands."""
+    """The text called `name`, wikitext2 or stdlib, in its train or test split, or the text file `name`."""
     if name not in TEXTS and not Path(name).is_file():
         raise UserError(f"{name!r} is no text: give a text file, or one of {', '.join(TEXTS)}")
     try:
         return TEXTS[name](split) if not Path(name).is_file() else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, StopIteration, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read text {name!r} ({type(error).__name__}): give a UTF-8 text file, wikitext2 "
-                        f"(needs the hub) or stdlib") from error
+        raise UserError(f"cannot read text {name!r} ({type(error).__name__}): give a UTF-8 text file, "
+                        f"wikitext2 (needs the hub) or stdlib") from error
 
 
 def encode(tokenizer, text):
@@ -157,38 +155,41 @@ def encode(tokenizer, text):
 
 
 def load_tokens(model, tokenizer, name, split, seqlen):
-    """Token ids [tokens] of a named text; a text shorter than one block, or ids unknown to the model, are bad input."""
+    """Token ids [tokens] of a named text; too few, or ids that the model has not, are bad input."""
     ids = encode(tokenizer, load_text(name, split))
     if len(ids) < seqlen:
         raise UserError(f"text {name!r} has {len(ids)} tokens, fewer than one block of {seqlen}: "
                         f"give a longer text or a smaller sequence length")
     known = model.get_input_embeddings().num_embeddings
     if ids.max() >= known:
-        raise UserError(f"the tokenizer gives token {ids.max()} in text {name!r}, and the model knows {known}: "
-                        f"the folder's tokenizer is not that of the model")
+        raise UserError(f"the tokenizer gives token {ids.max()} in text {name!r}, the model knows {known}: "
+                        f"give the model its own tokenizer")
     return ids
 
 
 # ---- models -----------------------------------------------------------------------------------
 
 def pick_device(name):
-    """torch.device for auto (CUDA if there is one), cpu, cuda, cuda:1, ...; under torchrun each process has its own."""
+    """torch.device for auto (CUDA if there is one), cpu, cuda, cuda:1, ...; under torchrun, one a process."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):           # not mps: it has no float64
         raise UserError(f"--device {name!r}: no such device; use cpu, cuda, cuda:N or auto")
     if name in ("auto", "cuda") and (torch.cuda.is_available() or name == "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device("cpu" if name == "auto" else name)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                        f"use --device cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.ones(1, device=device, requires_grad=True).sum().backward()    # else the first real one warns of no context
+        torch.cuda.set_device(device)                             # a first backward pass of its own:
+        torch.ones(1, device=device, requires_grad=True).sum().backward()    # else cuBLAS warns of no context
     return device
 
 
 def pick_dtype(name, device):
     """torch.dtype for auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
-    return getattr(torch, name) if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
 def load_model(name, device, dtype, device_map=None, **options):
@@ -197,23 +198,23 @@ def load_model(name, device, dtype, device_map=None, **options):
     device_map: as for from_pretrained, in place of `device`. options: revision and trust_remote_code.
     Raises UserError for what cannot be loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer
-    if device_map:
-        options["device_map"] = json.loads(device_map) if device_map.startswith("{") else device_map
+    from transformers import AutoTokenizer
     load = check_folder(Path(name)) if Path(name).is_dir() else load_dense
     try:
-        AutoConfig.from_pretrained(name, **{k: v for k, v in options.items() if k != "device_map"})
-        tokenizer = AutoTokenizer.from_pretrained(name, **{k: v for k, v in options.items() if k != "device_map"})
-        model = load(name, dtype=dtype, **options)
+        where = {}
+        if device_map:
+            where["device_map"] = json.loads(device_map) if device_map.startswith("{") else device_map
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = load(name, dtype=dtype, **where, **options)
         model = model if device_map else model.to(device)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:                                    # of transformers, tokenizers, safetensors, ...
+    except Exception as error:  # of transformers, tokenizers, safetensors, ...
         innermost = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(innermost).parent == Path(__file__).parent and not isinstance(error, (ValueError, OSError)):
             raise                                                 # ... but not a defect of ours
-        raise UserError(f"cannot load --model {name}: {reason(error)}; give a folder that holds a transformers model "
-                        f"(config.json, model.safetensors), or leave --model out for the bundled one") from error
+        raise UserError(f"cannot load --model {name}: {reason(error)}; give a folder with config.json, "
+                        f"model.safetensors and a tokenizer, or a hub id") from error
     bad = next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
     if bad:
         raise UserError(f"--model {name}: tensor {bad} holds NaN or infinity in {dtype}; "
@@ -224,9 +225,8 @@ def load_model(name, device, dtype, device_map=None, **options):
 def load_dense(name, **options):
     """from_pretrained, which must not invent a tensor."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, output_loading_info=True,
+                                                       **options)
     if info["missing_keys"]:
         raise UserError(f"tensor {sorted(info['missing_keys'])[0]} is missing")
     return model
@@ -240,16 +240,17 @@ def check_folder(folder):
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         index = folder / "model.safetensors.index.json"
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else []
+        shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
         method = (config.get("compressed") or {}).get("method")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot load --model {folder}: config.json or the index of its weights cannot be read "
+        raise UserError(f"cannot load --model {folder}: config.json or the index of its weights is broken "
                         f"({reason(error)}); give a folder that holds a transformers model") from error
     outside = [name for name in shards if not re.fullmatch(r"[^/\\]+\.safetensors", str(name))]
-    outside += [key for key in ("transformers_weights",) if config.get(key)]
-    outside += [name for name in ("adapter_config.json",) if (folder / name).exists()]
+    outside += [config["transformers_weights"]] if config.get("transformers_weights") else []
+    outside += ["adapter_config.json"] if (folder / "adapter_config.json").exists() else []
     if outside:
-        raise UserError(f"cannot load --model {folder}: it reads {outside[0]}; only safetensors files in the folder are read")
+        raise UserError(f"cannot load --model {folder}: it leads to {outside[0]}; only safetensors files in "
+                        f"the folder itself are read: mend or remove that")
     if method is None:
         return load_dense
     try:
@@ -267,7 +268,8 @@ def reason(error):
         causes.append(causes[-1].__cause__ or causes[-1].__context__)
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return "it is neither a folder nor a model on the hub"
-    if any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for cause in causes):
+    offline = LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError
+    if any(isinstance(cause, offline) for cause in causes):
         return "it is no folder, and the hub is out of reach"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -331,18 +333,25 @@ def between(low, high, or_low=False):
 
 
 def add_model_flags(parser):
-    parser.add_argument("--model", default=BUNDLED, help="folder or hub id of a causal language model, dense or compressed")
-    parser.add_argument("--revision", help="of a hub model: a branch, tag or commit")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that a hub model brings along")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA if there is one")
-    parser.add_argument("--device-map", help="in place of --device, what from_pretrained takes: auto (over several GPUs; "
-                                             "needs accelerate), a device, or JSON {module: device}")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="of the weights; auto is bfloat16 on CUDA, else float32")
+    add = parser.add_argument
+    add("--model", default=BUNDLED, help="folder or hub id of a causal language model, dense or compressed")
+    add("--revision", help="of a hub model: a branch, tag or commit")
+    add("--trust-remote-code", action="store_true", help="run the Python code that a hub model brings along")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA if there is one")
+    add("--device-map", help="in place of --device, what from_pretrained takes: auto (over several GPUs, "
+                             "needs accelerate), a device, or JSON {module: device}")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights; auto is bfloat16 on CUDA, else float32")
 
 
 def default_text(model):
     return "stdlib" if model == BUNDLED else "wikitext2"
+
+
+def bar(items):
+    """A progress bar, on a terminal."""
+    from tqdm import tqdm
+    return tqdm(items, "perplexity", disable=None, leave=False)
 
 
 def say(line):
@@ -354,24 +363,26 @@ def say(line):
 
 
 def run(main, *bad_input):
-    """Call a script's main(); bad input (UserError, `bad_input`) ends it with one line and exit code 2, a defect keeps
-    its traceback. Of several processes that torchrun started, the first alone prints, but each its own failure.
+    """Call a script's main(). Bad input (UserError, `bad_input`) ends it with one line and exit code 2; a
+    defect keeps its traceback. Of several processes that torchrun started, the first alone prints, but for
+    failures.
     """
     from transformers.utils import logging
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     if rank != "0":
         sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")         # a folder's name that the terminal cannot print
+            stream.reconfigure(errors="backslashreplace")         # for names that the terminal cannot print
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # temporary folders are removed on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary folders are removed on the way out
 
     def fail(message):
-        together = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-        if rank == "0" or not together:                           # before they join, all processes fail alike
-            print(f"{script}: error: {'' if together else f'process {rank}: '}{message}", file=sys.stderr)
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if rank == "0" or joined:                                 # before they join, all processes fail alike
+            print(f"{script}: error: {f'process {rank}: ' if joined else ''}{message}", file=sys.stderr)
         sys.exit(2)
 
     try:
@@ -379,13 +390,11 @@ def run(main, *bad_input):
     except (UserError, FloatingPointError, *bad_input) as error:
         fail(" ".join(str(error).split()))
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not memory and "can't allocate memory" not in str(error):
             raise
-        fail(f"out of memory: {(str(error).splitlines() or [''])[0]}; give a smaller --batch-size or --seqlen, or --device-map")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
-            raise
-        fail(f"{error.filename or ''} {error.strerror}: give another place")
+        fail(f"out of memory: {str(error).partition(chr(10))[0]}; give a smaller --batch-size or --seqlen, "
+             f"or --device-map")
     except KeyboardInterrupt:
         print(f"{script}: interrupted, nothing half written is left", file=sys.stderr)
         sys.exit(130)
@@ -397,11 +406,12 @@ def run(main, *bad_input):
 def main():
     parser = Parser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--eval", help="text to score, its test split: wikitext2, stdlib or a file "
-                                       "(default: stdlib for the bundled model, else wikitext2)")
-    parser.add_argument("--seqlen", type=whole(2), help="tokens a window (default: what the model reads, at most 2048)")
-    parser.add_argument("--stride", type=whole(1), help="tokens from one window to the next (default: --seqlen)")
-    parser.add_argument("--blocks", type=whole(1), help="score only the first so many windows (default: all)")
+    add = parser.add_argument
+    add("--eval", help="text to score, its test split: wikitext2, stdlib or a file (default: stdlib for the "
+                       "bundled model, else wikitext2)")
+    add("--seqlen", type=whole(2), help="tokens a window (default: what the model reads, at most 2048)")
+    add("--stride", type=whole(1), help="tokens from one window to the next (default: --seqlen)")
+    add("--blocks", type=whole(1), help="score only the first so many windows (default: all)")
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -414,9 +424,9 @@ def main():
     check_windows(model, {"--seqlen": seqlen})
     data = args.eval or default_text(args.model)
     ids = load_tokens(model, tokenizer, data, "test", seqlen)
-    result = perplexity(model, ids, seqlen, stride, args.blocks, progress=True)
-    say(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split test, seqlen "
-        f"{seqlen}, stride {stride}, tokens {result.tokens}, dtype {str(dtype).removeprefix('torch.')})")
+    result = perplexity(model, ids, seqlen, stride, args.blocks, bar)
+    say(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split "
+        f"test, seqlen {seqlen}, stride {stride}, tokens {result.tokens}, dtype {str(dtype)[6:]})")
 
 
 if __name__ == "__main__":

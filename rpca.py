@@ -1,30 +1,31 @@
-"""CAP: robust PCA of every weight matrix into low-rank plus sparse, then one global choice (arXiv 2505.03801).
+"""CAP: robust PCA of every weight matrix into low-rank plus sparse, then one global choice (arXiv
+2505.03801).
 
     python rpca.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
-The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D (D^2 and R: mean squared inputs
-and gradients at the outputs) so that the square of an entry is about the loss it costs, is split by principal
-component pursuit,
+The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D (D^2 and R: mean
+squared inputs and gradients at the outputs) so that the square of an entry is about the loss it costs, is
+split by principal component pursuit,
 
     min |L|_* + lam |S|_1   with  L + S = W:     L = U diag(sigma) V low-rank,  S sparse.
 
-*Stage 2*: every direction of every L and every entry of every S has a probability p of being kept, under one budget
-for the whole model,
+*Stage 2*: every direction of every L and every entry of every S has a probability p of being kept, under one
+budget for the whole model,
 
     sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * parameters in the block weights.
 
-The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default drives
-the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, E[g_i^2 x_j^2] S_ij^2 (Fisher
-information, token by token), in rounds, and gives L a share of what a matrix may keep where that lowers its loss.
-*Then* the kept values are refitted, and each layer is stored as U sqrt(sigma), sqrt(sigma) V, a bitmask and the values
-of S. (S is the sparse part here; in soco.py it is the score.)
+The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default
+drives the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, E[g_i^2 x_j^2] S_ij^2
+(Fisher information, token by token), in rounds, and gives L a share of what a matrix may keep where that
+lowers its loss. *Then* the kept values are refitted, and each layer is stored as U sqrt(sigma), sqrt(sigma)
+V, a bitmask and the values of S. (S is the sparse part here; in soco.py it is the score.)
 """
 import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))            # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C while torch is imported: no traceback
 
 import contextlib
 import functools
@@ -35,9 +36,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from soco import (KINDS, CannotCompress, Report, add_run_flags, as_the_first, average, bar, block_layers, check_run, dense_like,
-                  free_memory, frozen, input_device, install, load, matrix, measured, out_folders, read_inputs, sample_batches,
-                  save, swap, swapped)
+from soco import (KINDS, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
+                  block_layers, check_run, dense_like, free_memory, frozen, input_device, install, load, matrix, measured,
+                  out_folders, read_inputs, sample_batches, save, swap, swapped)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -52,13 +53,13 @@ class RPCA(NamedTuple):
 
 @torch.no_grad()
 def rpca(W, lam=None, penalty=None, tol=1e-6, max_iter=500):
-    """Principal component pursuit, min |L|_* + lam |S|_1 with L + S = W, by ADMM (Candes et al. 2011, arXiv 0912.3599,
-    algorithm 1; CAP, stage 1).
+    """Principal component pursuit, min |L|_* + lam |S|_1 with L + S = W, by ADMM (Candes et al. 2011, arXiv
+    0912.3599, algorithm 1; CAP, stage 1).
 
-    W [..., m, n]: float32 or float64, any device. lam: 1 / sqrt(max(m, n)). penalty mu: a number is held; by default mu
-    starts near 1.25 / |W|_2, where L has few directions (Lin et al. 2010, arXiv 1009.5055), and grows by half after every
-    iteration whose residual is larger than the change of S, both relative (Boyd et al. 2011, section 3.4.1).
-    Stops at a relative residual of at most tol, or after max_iter iterations.
+    W [..., m, n]: float32 or float64, any device. lam: 1 / sqrt(max(m, n)). penalty mu: a number is held; by
+    default mu starts near 1.25 / |W|_2, where L has few directions (Lin et al. 2010, arXiv 1009.5055), and
+    grows by half after every iteration whose residual is larger than the change of S, both relative (Boyd et
+    al. 2011, section 3.4.1). Stops at a relative residual of at most tol, or after max_iter iterations.
     """
     norm = functools.partial(torch.linalg.matrix_norm, keepdim=True)
     lam = max(W.shape[-2:]) ** -0.5 if lam is None else lam
@@ -84,9 +85,11 @@ def soft_threshold(A, tau):
 
 
 def leading_range(A, start=None, steps=2):
-    """Orthonormal basis [..., m, k] near the leading left singular vectors of A [..., m, n]: subspace iteration from
-    `start` and ten random directions (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4), the same ones on any device."""
-    basis = torch.randn(A.shape[-2], 10, generator=torch.Generator().manual_seed(0), dtype=A.dtype, device="cpu")
+    """Orthonormal basis [..., m, k] near the leading left singular vectors of A [..., m, n]: subspace
+    iteration from `start` and ten random directions (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4), the
+    same ones on any device."""
+    drawn = torch.Generator().manual_seed(0)
+    basis = torch.randn(A.shape[-2], 10, generator=drawn, dtype=A.dtype, device="cpu")
     basis = basis.to(A.device).expand(*A.shape[:-1], 10)
     basis = basis if start is None else torch.cat([start, basis], -1)
     for _ in range(steps):
@@ -95,13 +98,13 @@ def leading_range(A, start=None, steps=2):
 
 
 def singular_value_threshold(A, tau, nearby=None):
-    """argmin over L of tau |L|_* + |L - A|_F^2 / 2, as U, sigma, V: singular values shrunk by tau, those at zero left out.
-    tau: a number, or one a matrix [..., 1, 1].
+    """argmin over L of tau |L|_* + |L - A|_F^2 / 2, as U, sigma, V: singular values shrunk by tau, those at
+    zero left out. tau: a number, or one a matrix [..., 1, 1].
 
-    From the eigenvectors Q of the smaller Gram matrix: with A [..., m, n], m <= n, L = Q diag(shrunk / sigma) Q^T A.
-    In float32, singular values under 1e-3 of the largest are lost in rounding. nearby [..., m, k]: U of a matrix near A; if
-    it has few columns, A is first projected on their span, widened. A singular value that has just risen above tau can so
-    be missed for a call or two.
+    From the eigenvectors Q of the smaller Gram matrix: with A [..., m, n], m <= n, L = Q diag(shrunk / sigma)
+    Q^T A. In float32, singular values under 1e-3 of the largest are lost in rounding. nearby [..., m, k]: U
+    of a matrix near A; if it has few columns, A is first projected on their span, widened. A singular value
+    that has just risen above tau can so be missed for a call or two.
     """
     projected = nearby is not None and 4 * (nearby.shape[-1] + 10) < min(A.shape[-2:])
     if A.shape[-2] > A.shape[-1]:
@@ -109,7 +112,7 @@ def singular_value_threshold(A, tau, nearby=None):
         return U.mT, sigma, V.mT
     basis = leading_range(A, nearby) if projected else None
     B = basis.mT @ A if projected else A
-    squares, Q = torch.linalg.eigh(B @ B.mT)                          # eigenvalues rise: the last k are wanted
+    squares, Q = torch.linalg.eigh(B @ B.mT)  # eigenvalues rise: the last k are wanted
     sigma = squares.clamp_min(0).sqrt()
     shrunk = (sigma - (tau.squeeze(-1) if torch.is_tensor(tau) else tau)).clamp_min(0)
     if projected and shrunk[..., 0].any():                            # the span is too small
@@ -123,10 +126,11 @@ def singular_value_threshold(A, tau, nearby=None):
 # ---- stage 2: one probabilistic mask over the whole model ----------------------------------------
 #
 # An item is a direction of some L, which costs m + n numbers, or an entry of some S, which costs 1.
-# `p` and `masks` are lists of tensors, one number an item; `cost` is a list of numbers, the cost of an item of each tensor.
+# `p` and `masks` are lists of tensors, one number an item; `cost` lists what an item of each tensor costs.
 
 def project(p, cost, budget):
-    """The nearest probabilities with expected cost at most `budget`: clamp(p - tau cost, 0, 1), tau by bisection."""
+    """The nearest probabilities with expected cost at most `budget`: clamp(p - tau cost, 0, 1), tau by
+    bisection."""
     def moved(tau):
         return [(q - tau * c).clamp(0, 1) for q, c in zip(p, cost)]
 
@@ -141,23 +145,24 @@ def project(p, cost, budget):
 
 
 def score_function(mask, p, edge=0.0):
-    """d log P(mask) / dp of independent Bernoulli masks, (mask - p) / (p (1 - p)) (CAP, stage 2); edge > 0 bounds it
-    near p = 0 and 1, and makes it 0 there, where the mask never varies."""
+    """d log P(mask) / dp of independent Bernoulli masks, (mask - p) / (p (1 - p)) (CAP, stage 2); edge > 0
+    bounds it near p = 0 and 1, and makes it 0 there, where the mask never varies."""
     return (mask - p) / (p * (1 - p)).clamp_min(edge * (1 - edge))
 
 
-def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generator=None, progress=False):
+def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generator=None, progress=lambda s: s):
     """Learn probabilities from forward passes alone (REINFORCE, as the paper has it); returns p and the losses.
 
     loss_of(masks, step) -> loss of one draw. Each step draws masks ~ Bernoulli(p) and moves p by
-    -lr (loss - baseline) score_function, the baseline being the mean of the last `window` losses; then p is projected.
+    -lr (loss - baseline) score_function, the baseline being the mean of the last `window` losses; then p is
+    projected. progress: wraps the iterable of steps, as tqdm does.
     """
     losses = []
-    for step in bar(range(steps), progress, desc="policy", unit="draw"):
+    for step in progress(range(steps)):
         masks = [torch.bernoulli(q, generator=generator) for q in p]
         loss = loss_of(masks, step)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of draw {step + 1} of {steps} is {loss}: use --dtype float32 or bfloat16")
+            raise FloatingPointError(f"the loss of draw {step + 1} is {loss}: use --dtype float32")
         baseline = sum(losses[-window:]) / len(losses[-window:]) if losses else loss
         losses.append(loss)
         p = [q - lr * (loss - baseline) * score_function(m, q, edge=0.01) for q, m in zip(p, masks)]
@@ -166,9 +171,10 @@ def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generato
 
 
 def keep_most_probable(p, cost, budget):
-    """Boolean masks of the items taken greedily: most probable first, every one that still fits in the budget."""
+    """Boolean masks of the items taken greedily: most probable first, every one that still fits in the
+    budget."""
     flat = torch.cat([q.flatten().float() for q in p])
-    each = torch.cat([torch.full((q.numel(),), c, dtype=torch.int64, device=q.device) for q, c in zip(p, cost)])
+    each = torch.cat([torch.full((q.numel(),), c, device=q.device) for q, c in zip(p, cost)])
     order = flat.argsort(descending=True, stable=True)
     keep, left = torch.zeros(len(flat), dtype=torch.bool, device=flat.device), int(budget)
     while len(order):
@@ -177,7 +183,7 @@ def keep_most_probable(p, cost, budget):
         keep[order[:count]] = True
         left -= int(each[order[:count]].sum())
         order = order[count:]
-        order = order[each[order] <= left]                            # ... then what is too dear is passed over
+        order = order[each[order] <= left]  # ... then what is too dear is passed over
     return [part.view_as(q) for part, q in zip(keep.split([q.numel() for q in p]), p)]
 
 
@@ -185,10 +191,10 @@ def keep_most_probable(p, cost, budget):
 def refit(T, S, mask, G, iterations=12, damping=1e-2):
     """Values of S on `mask` that bring S x closest to T x: min tr((T - S) G (T - S)^T), all rows at once.
 
-    T, S [m, n]: target and start; G [n, n]: Gram matrix of the inputs, to whose diagonal damping * its mean is added.
-    Conjugate gradients on the masked entries, preconditioned by diag(G); the (damped) error falls with every iteration.
-    Each row of mask is its own least-squares problem, too many to factorise; SparseGPT (arXiv 2301.00774) solves them
-    column by column, approximately.
+    T, S [m, n]: target and start; G [n, n]: Gram matrix of the inputs, to whose diagonal damping * its mean
+    is added. Conjugate gradients on the masked entries, preconditioned by diag(G); the (damped) error falls
+    with every iteration. Each row of mask is its own least-squares problem, too many to factorise; SparseGPT
+    (arXiv 2301.00774) solves them column by column, approximately.
     """
     G = G.clone()
     G.diagonal().add_(damping * G.diagonal().mean())
@@ -210,17 +216,19 @@ def refit(T, S, mask, G, iterations=12, damping=1e-2):
 
 
 def alternate(Q, V, kept, rounds=3):
-    """Rank-k L = (L_U, V) [m, k], [k, n] for Q = L + S with `kept` numbers in all, from a start V [k, n] of its row space.
+    """Rank-k L = (L_U, V) [m, k], [k, n] for Q = L + S with `kept` numbers in all, from a start V [k, n] of
+    its row space.
 
-    S takes the largest entries of Q - L that the budget leaves, L the best rank k of Q - S, in turn; the rank-k
-    approximation is one step of subspace iteration a round.
+    S takes the largest entries of Q - L that the budget leaves, L the best rank k of Q - S, in turn; the
+    rank-k approximation is one step of subspace iteration a round.
     """
     m, n, k = *Q.shape, len(V)
     entries = max(kept - k * (m + n), 1)
     U = Q @ V.mT
     for _ in range(rounds):
         left = Q - U @ V
-        cut = left.abs().flatten().kthvalue(left.numel() - entries + 1).values if entries < left.numel() else 0.0
+        dropped = max(left.numel() - entries, 0)
+        cut = left.abs().flatten().kthvalue(dropped + 1).values
         left = Q - left * (left.abs() >= cut)
         basis = torch.linalg.qr(left @ V.mT)[0]
         V, small = (part.mT for part in torch.linalg.qr(left.mT @ basis))
@@ -231,93 +239,81 @@ def alternate(Q, V, kept, rounds=3):
 # ---- the layer ----------------------------------------------------------------------------------
 
 class LowRankPlusSparse(nn.Module):
-    """y = up(down(x)) + S x + b: rank k (two nn.Linear, none for k = 0) plus a sparse S [m, n], for a dense [m, n] layer.
+    """y = up(down(x)) + S x + b in place of a dense [m, n] layer: two nn.Linear (none for rank 0), sparse S
+    [m, n].
 
-    In memory S is dense, zeros and all: as large as the dense weight, and as fast. state_dict(), and so a file, holds its
-    nonzero `values` and a `mask` of 1 bit an entry; a new layer holds that form until `unpack`. Training leaves zeros zero.
-    `weight` is a marker of one number where the dense weight stood.
+    In memory S is dense, zeros and all, as large and as fast as the dense weight. A file holds its nonzero
+    `values` and a `mask` of 1 bit an entry, which `unpack` turns into S. `weight` is a marker, as in
+    LowRankLinear.
     """
 
     def __init__(self, n, m, rank, nonzeros, bias=True, **where):
         super().__init__()
-        self.shape = (m, n)
+        self.shape, self.spec, self.S = (m, n), {"rank": rank, "nonzeros": nonzeros, "bias": bias}, None
         self.down = nn.Linear(n, rank, bias=False, **where) if rank else None
         self.up = nn.Linear(rank, m, bias=False, **where) if rank else None
         self.bias = nn.Parameter(torch.empty(m, **where)) if bias else None
-        self.S, self.values = None, nn.Parameter(torch.empty(nonzeros, **where))
-        self.register_buffer("mask", torch.empty(-(-m * n // 8), dtype=torch.uint8, device=where.get("device")))
+        self.values = nn.Parameter(torch.empty(nonzeros, **where))
+        self.register_buffer("mask", torch.empty(-(-m * n // 8), device=where.get("device")).to(torch.uint8))
         self.register_buffer("weight", torch.zeros(1, **where))
 
     def unpack(self):
-        """Put S in place of its stored form."""
-        S = self.dense(self.values.detach(), self.mask)
+        bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.mask.device) & 1
+        mask = bits.flatten()[:self.shape[0] * self.shape[1]].view(self.shape).bool()
+        if mask.sum() != len(self.values):
+            raise ValueError(f"a sparse matrix has {len(self.values)} values, {mask.sum()} bits in its mask")
+        S = self.values.new_zeros(self.shape).masked_scatter(mask, self.values.detach())
         self.S, self.values, self.mask = nn.Parameter(S, self.values.requires_grad), None, None
 
-    def dense(self, values, mask):
-        bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-        mask = bits.flatten()[:self.shape[0] * self.shape[1]].view(self.shape).bool()
-        if mask.sum() != len(values):
-            raise ValueError(f"a sparse matrix has {len(values)} values and {mask.sum()} bits in its mask")
-        return torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
-
-    def spec(self):
-        return {"rank": self.up.in_features if self.up else 0, "nonzeros": int((self.S != 0).sum()), "bias": self.bias is not None}
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.S is not None:
-            S = destination.pop(prefix + "S")
-            bits = F.pad((S != 0).flatten().to(torch.uint8), (0, -S.numel() % 8)).view(-1, 8)
-            shifts = torch.arange(8, dtype=torch.uint8, device=S.device)
-            destination[prefix + "mask"] = (bits << shifts).sum(1, dtype=torch.uint8)
-            destination[prefix + "values"] = S[S != 0]
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        if self.S is not None and prefix + "values" in state_dict:
-            state_dict[prefix + "S"] = self.dense(state_dict.pop(prefix + "values"), state_dict.pop(prefix + "mask"))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def forward(self, x):
-        S = self.S * (self.S != 0) if self.S.requires_grad and torch.is_grad_enabled() else self.S    # no gradient for zeros
-        y = F.linear(x, S, self.bias)
+        trains = self.S.requires_grad and torch.is_grad_enabled()   # zeros get no gradient, and stay zero
+        y = F.linear(x, self.S * (self.S != 0) if trains else self.S, self.bias)
         return y if self.up is None else y + self.up(self.down(x))
 
 
-KINDS["LowRankPlusSparse"] = LowRankPlusSparse
+def pack(S):
+    """The stored form of S: its nonzero values, and 8 entries a byte of mask, the first in the lowest bit."""
+    bits = F.pad((S != 0).flatten().to(torch.uint8), (0, -S.numel() % 8)).view(-1, 8)
+    mask = (bits << torch.arange(8, dtype=torch.uint8, device=S.device)).sum(1, dtype=torch.uint8)
+    return {"values": S[S != 0], "mask": mask}
+
+
+KINDS["LowRankPlusSparse"], PACKERS["LowRankPlusSparse"] = LowRankPlusSparse, pack
 
 
 def low_rank_plus_sparse(U, V, S, bias, like):
-    """LowRankPlusSparse from U [m, k], V [k, n], S [m, n] and a bias [m] or None, in the dtype and on the device of `like`."""
-    new = LowRankPlusSparse(V.shape[1], *U.shape, 0, bias is not None, device=like.device, dtype=like.dtype)
+    """LowRankPlusSparse of U [m, k], V [k, n], S [m, n] and a bias [m] or None, in the dtype and on the
+    device of `like`."""
+    where = {"device": like.device, "dtype": like.dtype}
+    new = LowRankPlusSparse(V.shape[1], *U.shape, int((S != 0).sum()), bias is not None, **where)
     new.S, new.values, new.mask = nn.Parameter(S.to(like)), None, None
-    with torch.no_grad():
-        for parameter, value in [(new.bias, bias)] + ([(new.up.weight, U), (new.down.weight, V)] if new.up else []):
-            if value is not None:
-                parameter.copy_(value)
+    state = {"S": new.S, "weight": new.weight} | ({"up.weight": U, "down.weight": V} if new.up else {})
+    new.load_state_dict(state | ({} if bias is None else {"bias": bias}))
     return new.requires_grad_(like.requires_grad)
 
 
 # ---- compressing a model ------------------------------------------------------------------------
 
 ESTIMATORS = ("metric", "policy")
-RANK_SHARE = 0.02         # of the parameters that a matrix may keep, for L; more is worse on SmolLM2 (bench/RESULTS.md)
+RANK_SHARE = 0.02         # of the parameters that a matrix may keep, for L; more is worse on SmolLM2
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split at once
 
 
 class Draft(nn.Module):
-    """A matrix while its structure is chosen: W [m, n] = L + S, L = U V of rank k, S zero where it is dropped, in the units
-    of W.
+    """A matrix while its structure is chosen: W [m, n] = L + S, L = U V of rank k, S zero where it is
+    dropped, in the units of W.
 
-    price [m, n]: E[g_i^2 x_j^2], times S^2 the predicted loss of dropping an entry. rows [m], columns [n]: R^(1/2) and D,
-    the scale in which W is split. G [n, n]: E[x x^T], on the layer's device or in main memory.
+    price [m, n]: E[g_i^2 x_j^2], times S^2 the predicted loss of dropping an entry. rows [m], columns [n]:
+    R^(1/2) and D, the scale in which W is split. G [n, n]: E[x x^T], on the layer's device or in main memory.
     """
 
     def __init__(self, layer, G, R, price, scale=True):
         super().__init__()
         self.layer, self.G, self.price, self.S = layer, G, price, matrix(layer).clone()
+        moments = [R.diagonal(), G.diagonal().to(R)]
         self.rows, self.columns = ((A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A)
-                                   for A in (R.diagonal(), G.diagonal().to(R)))
+                                   for A in moments)
         self.m, self.n = self.S.shape
         self.U, self.V = self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n)
 
@@ -337,7 +333,8 @@ class Draft(nn.Module):
         return self.S.float().square() * self.price
 
     def loss_with(self, U, V, kept, G):
-        """Predicted loss tr(R (W - W') G (W - W')^T) of `kept` parameters, L = U V among them, the entries refitted."""
+        """Predicted loss tr(R (W - W') G (W - W')^T) of `kept` parameters, L = U V among them, the entries
+        refitted."""
         self.set_low_rank(U, V)
         T = self.target()
         worth = (T.square() * self.price).flatten()
@@ -351,17 +348,20 @@ class Draft(nn.Module):
 
     def finish(self):
         half = (self.U.norm(dim=0) / self.V.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-15)
-        return low_rank_plus_sparse(self.U / half, half[:, None] * self.V, self.S, self.layer.bias, self.layer.weight)
+        U, V = self.U / half, half[:, None] * self.V
+        return low_rank_plus_sparse(U, V, self.S, self.layer.bias, like=self.layer.weight)
 
 
-def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=5, scale=True, refitted=True,
-             keep=None, seed=0, progress=False):
-    """Compress a causal language model in place, and return it, with `ratio` of its block weights' parameters removed.
+def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=5, scale=True,
+             refitted=True, keep=None, seed=0, progress=False):
+    """Compress a causal language model in place, and return it, with `ratio` of its block weights' parameters
+    removed.
 
-    batches: token ids [batch, length], an iterable. estimator: "metric" or "policy" (the paper's). rank_share: of the
-    parameters that each matrix may keep, for its L ("metric"). rounds: of pruning and refitting, or of the policy over the
-    batches (the paper: 3). scale: whether the metric decides. refitted: whether kept values are refitted. keep: what
-    prunes ("metric"), default keep_worthiest. Raises CannotCompress before any work for settings that cannot be met.
+    batches: token ids [batch, length], an iterable. estimator: "metric" or "policy" (the paper's).
+    rank_share: of the parameters that each matrix may keep, for its L ("metric"). rounds: of pruning and
+    refitting, or of the policy over the batches (the paper: 3). scale: whether the metric decides. refitted:
+    whether kept values are refitted. keep: what prunes ("metric"), default keep_worthiest. Raises
+    CannotCompress before any work for settings that cannot be met.
     """
     layers, batches = block_layers(model), list(batches)
     check(layers, batches, ratio, estimator, rank_share, rounds)
@@ -377,19 +377,20 @@ def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_S
 def check(layers, batches, ratio, estimator, rank_share, rounds):
     """Refuse what `compress` cannot do."""
     if torch.is_inference_mode_enabled():
-        raise CannotCompress("the metric needs gradients, and torch.inference_mode() has none: leave it, or use no_grad")
+        raise CannotCompress("there are no gradients under torch.inference_mode(): leave it, or use no_grad")
     if not batches:
         raise CannotCompress("there are no batches: give token ids [batch, length] to measure on")
     if not 0 < ratio < 1:
         raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
     if estimator not in ESTIMATORS or not 0 <= rank_share < 1 or rounds < (estimator == "metric"):
-        raise CannotCompress(f"estimator {estimator!r}, rank_share {rank_share} or rounds {rounds} cannot be: an estimator "
-                             f"of {', '.join(ESTIMATORS)}, a share from 0 to below 1, at least one round")
+        raise CannotCompress(f"estimator {estimator!r}, rank_share {rank_share} or rounds {rounds} cannot be: "
+                             f"give {' or '.join(ESTIMATORS)}, a share from 0 to below 1, at least one round")
 
 
 def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *measured: None):
-    """A Draft of each of `layers` {name: layer}; visit(layer, metric) sees each metric. Of the Gram matrices, those stay on
-    the devices that take no more than half of what is free there, and the others go to main memory."""
+    """A Draft of each of `layers` {name: layer}; visit(layer, metric) sees each metric. Of the Gram matrices,
+    those stay on the devices that take no more than half of what is free there, and the others go to main
+    memory."""
     room = min(free_memory(layer.weight.device) for layer in layers.values()) // 2
     tokens, prices, drafts, latest = sum(ids.numel() for ids in batches), {}, [], (None, None)
 
@@ -411,13 +412,15 @@ def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *me
 
 
 def set_ranks(drafts, ratio, rank_share, progress):
-    """Stage 1: L of every matrix from robust PCA, at the rank that `rank_share` of the parameters it may keep pays for, where
-    that lowers its predicted loss; matrices of one shape are split as a batch."""
+    """Stage 1: L of every matrix from robust PCA, at the rank that `rank_share` of the parameters it may keep
+    pays for, where that lowers its predicted loss; matrices of one shape are split as a batch."""
     shapes = {}
     for draft in drafts:
         shapes.setdefault((draft.m, draft.n, draft.rows.device), []).append(draft)
-    batches = [some[first:first + step] for (m, n, _), some in shapes.items() for step in [max(RPCA_BATCH // (m * n), 1)]
-               for first in range(0, len(some), step)]
+    batches = []
+    for (m, n, _), some in shapes.items():
+        at_once = max(RPCA_BATCH // (m * n), 1)
+        batches += [some[first:first + at_once] for first in range(0, len(some), at_once)]
     for some in bar(batches, progress, desc="robust PCA", unit="batch"):
         (m, n), kept = some[0].S.shape, int((1 - ratio) * some[0].S.numel())
         if k := int(rank_share * kept / (m + n)):
@@ -434,8 +437,9 @@ def set_ranks(drafts, ratio, rank_share, progress):
 def threshold(worths, count):
     """The number t such that at most `count` entries exceed it, and more would exceed any smaller one.
 
-    worths(): iterates over non-negative float32 tensors, made anew on both passes so that one is in memory at a time.
-    Such floats are ordered as their bit patterns are: a radix select, by the high 16 bits and then by the low.
+    worths(): iterates over non-negative float32 tensors, made anew on both passes so that one is in memory at
+    a time. Such floats are ordered as their bit patterns are: a radix select, by the high 16 bits and then by
+    the low.
     """
     bucket, above = None, 0
     for shift in (16, 0):
@@ -461,7 +465,8 @@ def keep_worthiest(drafts, count):
 
 
 def refit_all(drafts):
-    """`refit` of every S on its entries; a G in main memory is moved once, for all the neighbours that share it."""
+    """`refit` of every S on its entries; a G in main memory is moved once, for all the neighbours that share
+    it."""
     latest = None, None
     for draft in drafts:
         if draft.G is not latest[0]:
@@ -473,9 +478,9 @@ def refit_all(drafts):
 def choose_by_metric(drafts, ratio, rounds, keep, refitted, progress):
     """Stage 2 by the metric: drop the entries of least predicted loss in the whole model, refit, and again.
 
-    The expected loss of independent Bernoulli masks grows by worth (1 - p) for every entry, so its gradient drives p to 1
-    above one price for the whole model and to 0 below. The worth changes as the survivors make up for what is gone:
-    hence in rounds, each dropping less than the one before.
+    The expected loss of independent Bernoulli masks grows by worth (1 - p) for every entry, so its gradient
+    drives p to 1 above one price for the whole model and to 0 below. The worth changes as the survivors make
+    up for what is gone: hence in rounds, each dropping less than the one before.
     """
     start = sum((draft.S != 0).sum().item() for draft in drafts)
     entries = budget_for(drafts, ratio) - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
@@ -490,11 +495,13 @@ def budget_for(drafts, ratio):
 
 
 def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress):
-    """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient, from a start at
-    worth / (worth + cost * mean worth), projected on the budget: what the metric would say."""
+    """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient,
+    from a start at worth / (worth + cost * mean worth), projected on the budget: what the metric would
+    say."""
     budget, device, splits, worths, cost = budget_for(drafts, ratio), drafts[0].rows.device, [], [], []
     for draft in bar(drafts, progress, desc="robust PCA", unit="matrix"):
-        U, sigma, V, S = as_the_first([part.contiguous() for part in rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4]])
+        split = rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4]
+        U, sigma, V, S = as_the_first([part.contiguous() for part in split])
         worths += [sigma.square().to(device), S.square().to(device)]
         cost += [draft.m + draft.n, 1]
         S = S / draft.rows[:, None] / draft.columns
@@ -518,7 +525,8 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
     mean = sum(worth.sum() for worth in worths) / sum(worth.numel() for worth in worths)
     p = project([worth / (worth + c * mean) for worth, c in zip(worths, cost)], cost, budget)
     generator = torch.Generator(device=device).manual_seed(seed)
-    p, _ = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator, progress=progress)
+    shown = functools.partial(bar, progress=progress, desc="policy", unit="draw")
+    p, _ = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator, progress=shown)
     set_masks(keep_most_probable([q * (worth > 0) for q, worth in zip(p, worths)], cost, budget))
     if refitted:
         refit_all(drafts)
@@ -529,12 +537,13 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
 def magnitude(W, G, ratio):
     """The largest entries of a matrix, (1 - ratio) of them."""
     flat = W.flatten()
-    top = flat.abs().topk(int((1 - ratio) * len(flat) + 1e-6)).indices        # 1 - 0.9 is a little less than 0.1
+    top = flat.abs().topk(int((1 - ratio) * len(flat) + 1e-6)).indices  # 1 - 0.9 is a little less than 0.1
     return torch.zeros_like(flat).scatter(0, top, flat[top]).view_as(W)
 
 
 def wanda(W, G, ratio):
-    """Wanda (Sun et al. 2024, arXiv 2306.11695): in every row, the largest |W| D; D [n] is the inputs' root mean square."""
+    """Wanda (Sun et al. 2024, arXiv 2306.11695): in every row, the largest |W| D; D [n] is the inputs' root
+    mean square."""
     top = (W.abs() * G.diagonal().sqrt()).topk(int((1 - ratio) * W.shape[1] + 1e-6), dim=1).indices
     return torch.zeros_like(W).scatter(1, top, W.gather(1, top))
 
@@ -543,16 +552,18 @@ def main():
     from eval_ppl import Parser, UserError, between, whole
     parser = Parser(__doc__)
     add_run_flags(parser, metric_batches=32)
-    parser.add_argument("--estimator", choices=ESTIMATORS, default="metric", help="of the mask: metric, or the paper's policy gradient")
-    parser.add_argument("--rank-share", type=between(0, 1, or_low=True), default=RANK_SHARE,
-                        help="of the parameters that each matrix may keep, for its low-rank part (metric only)")
-    parser.add_argument("--rounds", type=whole(1, 10 ** 4), default=5, help="of pruning and refitting, or of the policy over the batches")
-    parser.add_argument("--no-scale", action="store_true", help="split and choose in the units of W, without the metric")
-    parser.add_argument("--no-refit", action="store_true", help="keep the values that stage 1 gave")
+    add = parser.add_argument
+    add("--estimator", choices=ESTIMATORS, default="metric", help="of the mask; policy is the paper's")
+    add("--rank-share", type=between(0, 1, or_low=True), default=RANK_SHARE,
+        help="of the parameters that each matrix may keep, for its low-rank part (metric only)")
+    add("--rounds", type=whole(1, 10 ** 4), default=5, help="of pruning and refitting, or of the policy")
+    add("--no-scale", action="store_true", help="split and choose in the units of W, without the metric")
+    add("--no-refit", action="store_true", help="keep the values that stage 1 gave")
     args = parser.parse_args()
     if args.estimator == "policy" and len(args.ratio) > 1:
-        raise UserError(f"--ratio {args.ratio}: the policy learns for one ratio; give one, or --estimator metric")
+        raise UserError(f"--ratio {args.ratio}: the policy learns for one; give one, or --estimator metric")
     device, dtype = check_run(args)
+    refitted = not args.no_refit
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "cap", stack)
         model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
@@ -577,12 +588,12 @@ def main():
         if args.estimator == "metric":
             with report.clock("stage 1"):
                 set_ranks(drafts, args.ratio[-1], args.rank_share, progress=True)
-        for ratio in args.ratio:                                      # each goes on where the one before has ended
+        for ratio in args.ratio:  # each goes on where the one before has ended
             with report.clock("stage 2"):
                 if args.estimator == "policy":
-                    choose_by_policy(model, drafts, batches, ratio, args.rounds, args.seed, not args.no_refit, progress=True)
+                    choose_by_policy(model, drafts, batches, ratio, args.rounds, args.seed, refitted, True)
                 else:
-                    choose_by_metric(drafts, ratio, args.rounds, keep_worthiest, not args.no_refit, progress=True)
+                    choose_by_metric(drafts, ratio, args.rounds, keep_worthiest, refitted, progress=True)
             install(model, "cap", layers, new := {draft.layer: draft.finish() for draft in drafts})
             report.score("compressed", f"CAP, {args.estimator}", ratio)
             report.write(places.get(ratio), ratio, tokenizer)

@@ -3,23 +3,25 @@
     python soco.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python soco.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
-The method, on one screen. Every block weight W [m, n] becomes W' = U diag(S * sigma) V + d, where U diag(sigma) V is
-its singular value decomposition in a metric (`factor`), S (the *scores*; S is the sparse part in rpca.py) starts at 1,
-and the *deviation* d, an offset of the outputs, at 0. Only S and d are trained, to keep KL(dense || compressed) small,
-and the components that are kept are chosen again and again by what the *learned* scores say they are worth,
+The method, on one screen. Every block weight W [m, n] becomes W' = U diag(S * sigma) V + d, where U
+diag(sigma) V is its singular value decomposition in a metric (`factor`), S (the *scores*; S is the sparse
+part in rpca.py) starts at 1, and the *deviation* d, an offset of the outputs, at 0. Only S and d are trained,
+to keep KL(dense || compressed) small, and the components that are kept are chosen again and again by what the
+*learned* scores say they are worth,
 
-    F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, one threshold for the whole model,
+    F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, one price for the whole
+    model,
 
-in three stages of one run:  1 *descend*: the kept share falls from 1 to the target;  2 *swing*: it swings around the
-target, and components dropped too early come back;  3 *polarise*: the choice is final, dropped scores are zero for
-good, and the survivors' scores grow to make up for them.  Then each layer is stored as two thin products, or dense
-where that costs less.
+in three stages of one run:  1 *descend*: the kept share falls from 1 to the target;  2 *swing*: it swings
+around the target, and components dropped too early come back;  3 *polarise*: the choice is final, dropped
+scores are zero for good, and the survivors' scores grow to make up for them.  Then each layer is stored as
+two thin products, or dense where that costs less.
 """
 import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))            # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C while torch is imported: no traceback
 
 import contextlib
 import fcntl
@@ -29,6 +31,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import tempfile
@@ -40,25 +43,29 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
 # ---- the mathematics ----------------------------------------------------------------------------
 
-def factor(W, G=None, R=None, damping=1e-4, output_damping=0.1):
-    """Singular value decomposition in a metric: U [m, r], sigma [r] (falling), V [r, n] with W = U diag(sigma) V.
+def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
+    """Singular value decomposition in a metric: U [m, r], sigma [r], falling, V [r, n] with W = U diag(sigma)
+    V.
 
-    G [n, n] = E[x x^T] = L L^T of the layer's inputs, R [m, m] = E[g g^T] = C C^T of the loss's gradients at its
-    outputs; None is the identity. Replacing W by W' adds |C^T (W - W') L|_F^2 to the loss, to second order and up to a
-    factor (K-FAC, Martens & Grosse 2015, arXiv 1503.05671): this is the SVD of C^T W L, taken back to W. In float64,
-    by an eigendecomposition of its smaller Gram matrix. Each damping is a part of the mean of its diagonal.
+    G [n, n] = E[x x^T] = L L^T of the layer's inputs, R [m, m] = E[g g^T] = C C^T of the loss's gradients at
+    its outputs; None is the identity. Replacing W by W' adds |C^T (W - W') L|_F^2 to the loss, to second
+    order and up to a factor (K-FAC, Martens & Grosse 2015, arXiv 1503.05671): this is the SVD of C^T W L,
+    taken back to W. In float64, by an eigendecomposition of its smaller Gram matrix. Each damping is a part
+    of the mean of a diagonal.
     """
-    A, (L, C) = W.double(), (M if M is None else cholesky(M, part) for M, part in ((G, damping), (R, output_damping)))
+    A = W.double()
+    L = None if G is None else cholesky(G, damping)
+    C = None if R is None else cholesky(R, output_damping)
     A = A if L is None else A @ L
     A = A if C is None else C.T @ A
     if wide := A.shape[0] <= A.shape[1]:
         A = A.T
-    Q = torch.linalg.eigh(A.T @ A)[1].flip(1)                         # right singular vectors [*, r], falling sigma
+    Q = torch.linalg.eigh(A.T @ A)[1].flip(1)  # right singular vectors [*, r], falling sigma
     AQ = A @ Q                                                        # U diag(sigma): A = (A Q) Q^T exactly
     sigma = AQ.norm(dim=0)
     AQ = AQ / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
@@ -69,57 +76,62 @@ def factor(W, G=None, R=None, damping=1e-4, output_damping=0.1):
 
 
 def cholesky(M, damping):
-    """Lower triangular factor, in float64, of M [k, k] with `damping` times the mean of its diagonal added to that."""
+    """Lower triangular factor, in float64, of M [k, k] with `damping` times the mean of its diagonal added to
+    that."""
     M = M.to(torch.float64, copy=True)
     M.diagonal().add_(damping * M.diagonal().mean().clamp_min(1e-30))
     return torch.linalg.cholesky(M)
 
 
 def stored_parameters(k, m, n):
-    """Parameters that rank k of an m x n matrix costs (tensors): k (m + n) as two factors, never more than m n, dense."""
+    """Parameters that rank k of an m x n matrix costs (tensors): two factors, or dense where that is less."""
     return torch.minimum(k * (m + n), m * n)
 
 
 def choose(worth, m, n, budget, group=8):
     """Which components of N matrices to keep within a budget of parameters: keep [N, r], boolean.
 
-    worth [N, r]: the loss of dropping each component, -1 where a matrix has none; m, n [N]: the shapes. Ranks are
-    multiples of `group`, at least one group, or all: the matrix then goes dense if that is cheaper. For each matrix the
-    worth over the cost of its best k components is concave, with one more point, dense, at the end; the upper hull of it
-    all is a list of steps of falling worth per parameter. The steps of all matrices are bought in that order, as far as
-    the budget goes, and if the next is a step to dense, the groups of its matrix that still fit: less than one group of
-    one matrix is left over. Nothing is read back from the device but whether worth holds a NaN, a ValueError.
+    worth [N, r]: the loss of dropping each component, -1 where a matrix has none; m, n [N]: the shapes. Ranks
+    are multiples of `group`, at least one group, or all: the matrix then goes dense if that is cheaper. The
+    worth of a matrix's best k components over their cost is a concave curve, and dense one more point: their
+    upper hull is a list of steps of falling worth per parameter. The steps of all matrices are bought in that
+    order, as far as the budget goes, and if the next is a step to dense, as many groups of its matrix as
+    still fit: less than one group of one matrix is left over. All that is read back from the device is
+    whether worth has a NaN, a ValueError.
     """
     if worth.isnan().any():
         raise ValueError("the worth of a component is NaN")
     value, order = worth.double().sort(dim=1, descending=True)
     full, step = (value >= 0).sum(1), group * (m + n)
     dense, r = stored_parameters(full, m, n)[:, None], value.shape[1]
-    value = F.pad(value.clamp_min(0), (0, -r % group)).unflatten(1, (-1, group)).sum(2)      # of each group
-    index = torch.arange(value.shape[1], device=value.device)         # of a group; below, before it is bought:
-    rest = dense - index * step[:, None]                              # what dense costs from there
-    slope = (value.sum(1, keepdim=True) - value.cumsum(1) + value) / rest
+    value = F.pad(value.clamp_min(0), (0, -r % group)).unflatten(1, (-1, group)).sum(2)    # of each group
+    index = torch.arange(value.shape[1], device=value.device)         # of a group; before it is bought,
+    rest = dense - index * step[:, None]                              # dense costs so much more,
+    slope = (value.sum(1, keepdim=True) - value.cumsum(1) + value) / rest  # and is worth so much a parameter
     slope = torch.where((rest > 0) & (index > 0), slope, math.inf)
-    last = torch.where(slope.isinf().all(1), 0, slope.argmin(1))[:, None]        # here the hull goes to dense
+    last = torch.where(slope.isinf().all(1), 0, slope.argmin(1))[:, None]  # here the hull goes to dense
     slope = torch.where(index < last, value / step[:, None], slope).masked_fill(index == 0, math.inf)
     cost = torch.where(index < last, step[:, None], rest).masked_fill(index > last, 0)
     cost[:, 0] = torch.minimum(step, dense[:, 0])                     # the least a matrix gets
     turn = slope.masked_fill(index > last, -1).flatten().argsort(descending=True, stable=True)
     bought = cost.flatten()[turn].cumsum(0) <= budget
-    groups = torch.zeros_like(bought).scatter(0, turn, bought).view_as(value).logical_and(index <= last).sum(1)
+    groups = torch.zeros_like(bought).scatter(0, turn, bought).view_as(value)
+    groups = (groups & (index <= last)).sum(1)
     k = torch.where(groups > last[:, 0], full, torch.minimum(group * groups, full))
     next_one = turn[bought.sum().clamp_max(len(turn) - 1)] // len(index)
     left = budget - stored_parameters(k, m, n).sum()
-    more = torch.div(left, step, rounding_mode="floor").long() * group * (torch.arange(len(k), device=k.device) == next_one)
-    k = torch.minimum(k + more, full)
+    more = torch.div(left, step[next_one], rounding_mode="floor").long() * group
+    k = torch.minimum(k.scatter_add(0, next_one[None], more[None]), full)
     keep = torch.arange(r, device=k.device) < k[:, None]
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 
 class KLDivergence(torch.autograd.Function):
-    """Mean over tokens of KL(teacher || student) in nats, from logits [batch, length, vocab]; float32, row by row.
+    """Mean over tokens of KL(teacher || student) in nats, from logits [batch, length, vocab]; float32, row by
+    row.
 
-    Its gradient with respect to the student's logits is softmax(student) - softmax(teacher), known with the value.
+    Its gradient with respect to the student's logits is softmax(student) - softmax(teacher), known with the
+    value.
     """
 
     @staticmethod
@@ -142,12 +154,14 @@ class KLDivergence(torch.autograd.Function):
 # ---- the layers ---------------------------------------------------------------------------------
 
 class ScoredLinear(nn.Module):
-    """A layer while it learns: y = U (S * sigma * kept) V x + d + b, all frozen but the scores S [r] and d [m].
+    """A layer while it learns: y = U (S * sigma * kept) V x + d + b, all frozen but the scores S [r] and d
+    [m].
 
-    sigma [r] is split between the buffers U [m, r] and V [r, n]. A component with kept [r] = 0 adds nothing to y, yet its
-    score receives the gradient it would have if it were (straight through), so that it can grow and come back.
-    price [r]: predicted loss of dropping a component whose score is 1, at first sigma^2. d is in units of offset_scale.
-    `layer` is the dense layer it stands for, a Linear or Conv1D; with `teacher` set, that one answers.
+    sigma [r] is split between the buffers U [m, r] and V [r, n]. A component with kept [r] = 0 adds nothing
+    to y, yet its score receives the gradient it would have if it did (straight through), so that it can grow
+    and come back. price [r]: predicted loss of dropping a component of score 1, at first sigma^2. d is in
+    units of offset_scale. `layer` is the dense Linear or Conv1D it stands for; with `teacher` set, that one
+    answers.
     """
 
     def __init__(self, layer, U, sigma, V, offset_scale=1.0):
@@ -172,41 +186,41 @@ class ScoredLinear(nn.Module):
         return d if self.layer.bias is None else d + self.layer.bias.to(d.device)
 
     def finish(self):
-        """The layer to store: LowRankLinear of the kept components, or a dense layer where that costs no more."""
-        kept, (m, n) = self.kept.nonzero()[:, 0].to(self.U.device), (len(self.U), self.V.shape[1])
-        U, V = self.U[:, kept].float() * self.S.detach().to(self.U.device)[kept], self.V[kept]
+        """The layer to store: LowRankLinear of the kept components, or a dense layer where that costs no
+        more."""
+        kept, S = self.kept.nonzero()[:, 0].to(self.U.device), self.S.detach().to(self.U.device)
+        U, V = self.U[:, kept].float() * S[kept], self.V[kept]
         bias = None if self.layer.bias is None and not self.d.any() else self.bias().detach()
-        if len(kept) * (m + n) >= m * n:
+        if U.numel() + V.numel() >= self.layer.weight.numel():
             return dense_like(self.layer, U @ V.float(), bias)
-        return LowRankLinear.of(U, V, bias, like=self.layer.weight)
+        return low_rank(U, V, bias, like=self.layer.weight)
 
 
 class LowRankLinear(nn.Module):
     """y = up(down(x)): rank k in place of a dense [m, n] layer, as two ordinary nn.Linear.
 
-    `weight` is a marker of one number where the dense weight stood: code that asks a layer for weight.dtype or
-    weight.device is answered, and a saved folder that is read as a dense model fails on its shape.
+    `weight` is a marker of one number where the dense weight stood: code that asks a layer for weight.dtype
+    or weight.device is answered, and a saved folder that is read as a dense model fails on its shape.
     """
 
     def __init__(self, n, m, rank, bias=True, **where):
         super().__init__()
+        self.spec = {"rank": rank, "bias": bias}
         self.down = nn.Linear(n, rank, bias=False, **where)
         self.up = nn.Linear(rank, m, bias=bias, **where)
         self.register_buffer("weight", torch.zeros(1, **where))
 
-    @classmethod
-    def of(cls, U, V, bias, like):
-        """From factors U [m, k] and V [k, n] and a bias [m] or None, in the dtype and on the device of `like`."""
-        new = cls(V.shape[1], *U.shape, bias=bias is not None, device=like.device, dtype=like.dtype)
-        state = {"up.weight": U, "down.weight": V, "weight": new.weight} | ({} if bias is None else {"up.bias": bias})
-        new.load_state_dict(state)
-        return new.requires_grad_(like.requires_grad)
-
-    def spec(self):
-        return {"rank": self.down.out_features, "bias": self.up.bias is not None}
-
     def forward(self, x):
         return self.up(self.down(x))
+
+
+def low_rank(U, V, bias, like):
+    """LowRankLinear of U [m, k], V [k, n] and a bias [m] or None, in the dtype and on the device of
+    `like`."""
+    new = LowRankLinear(V.shape[1], *U.shape, bias is not None, device=like.device, dtype=like.dtype)
+    state = {"up.weight": U, "down.weight": V, "weight": new.weight}
+    new.load_state_dict(state | ({} if bias is None else {"up.bias": bias}))
+    return new.requires_grad_(like.requires_grad)
 
 
 # ---- the layers of a model -----------------------------------------------------------------------
@@ -216,29 +230,29 @@ class CannotCompress(ValueError):
 
 
 def block_layers(model):
-    """{name: layer} of every nn.Linear and Conv1D that stands inside the model's repeated blocks (its ModuleLists).
+    """{name: layer} of every nn.Linear and Conv1D that stands inside the model's repeated blocks (its
+    ModuleLists).
 
-    Raises CannotCompress for a model without any, for one that is quantized, compressed or not in memory, and for one
-    with experts in 3-D parameters.
+    Raises CannotCompress for a model without any, for one that is quantized, compressed or not in memory, and
+    for one with experts in 3-D parameters.
     """
-    name, config = type(model).__name__, getattr(model, "config", None)
+    kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None:
-        raise CannotCompress(f"{name} has no config: give a model of transformers")
+        raise CannotCompress(f"{kind} has no config: give a model of transformers")
     if getattr(config, "quantization_config", None) or getattr(config, "compressed", None):
-        raise CannotCompress(f"{name} is quantized or compressed already: give the dense model")
-    inside = block_prefixes(model)
-    stacks = [f"{key}.{part}" for key, module in model.named_modules() if key.startswith(inside)
-              and not isinstance(module, nn.Conv1d) for part, p in module.named_parameters(recurse=False) if p.ndim == 3]
-    if stacks:
-        raise CannotCompress(f"{name} holds a stack of matrices in one 3-D parameter, {stacks[0]}, as mixtures of experts "
-                             f"do: only models whose matrices are nn.Linear or Conv1D layers can be compressed")
-    layers = {key: module for key, module in model.named_modules()
-              if key.startswith(inside) and (isinstance(module, nn.Linear) or is_conv1d(module))}
+        raise CannotCompress(f"{kind} is quantized or compressed already: give the dense model")
+    layers, inside = {}, block_prefixes(model)
+    for name, module in model.named_modules():
+        stacks = [key for key, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        if name.startswith(inside) and stacks and not isinstance(module, nn.Conv1d):
+            raise CannotCompress(f"{kind} holds a stack of matrices in one 3-D parameter, {name}.{stacks[0]}"
+                                 f", as mixtures of experts do: matrices must be nn.Linear or Conv1D layers")
+        if name.startswith(inside) and (isinstance(module, nn.Linear) or is_conv1d(module)):
+            layers[name] = module
+            if module.weight.is_meta:
+                raise CannotCompress(f"layer {name} is on the meta device: load the model without offloading")
     if not layers:
-        raise CannotCompress(f"{name} has no nn.Linear or Conv1D inside repeated blocks: nothing to compress")
-    away = next((key for key, layer in layers.items() if layer.weight.is_meta), None)
-    if away:
-        raise CannotCompress(f"layer {away} is on the meta device, offloaded or not loaded: load the model without offloading")
+        raise CannotCompress(f"{kind} has no nn.Linear or Conv1D inside repeated blocks: nothing to compress")
     return layers
 
 
@@ -248,14 +262,17 @@ def block_prefixes(model):
 
 
 def untouched(model, layers):
-    """(name, shape, reason) of every weight of two or more dimensions that is not in one of `layers` {name: layer}."""
-    inside, chosen = block_prefixes(model), {id(p) for layer in layers.values() for p in layer.parameters()}
-    return [(name, tuple(p.shape), "not a Linear or Conv1D" if name.startswith(inside) else "outside the repeated blocks")
+    """(name, shape, reason) of every weight of two or more dimensions that is in none of `layers` {name:
+    layer}."""
+    inside = block_prefixes(model)
+    chosen = {id(p) for layer in layers.values() for p in layer.parameters()}
+    reason = {True: "not a Linear or Conv1D", False: "outside the repeated blocks"}
+    return [(name, tuple(p.shape), reason[name.startswith(inside)])
             for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in chosen]
 
 
 def is_conv1d(layer):
-    return type(layer).__name__ == "Conv1D"          # transformers' GPT-2 layer: a Linear whose weight lies transposed
+    return type(layer).__name__ == "Conv1D"          # of transformers' GPT-2: a Linear, its weight transposed
 
 
 def matrix(layer):
@@ -266,13 +283,14 @@ def matrix(layer):
 def dense_like(layer, W, bias):
     """A layer of the same type as `layer` with weight W [m, n] and bias [m] or None."""
     new = type(layer)(*W.shape) if is_conv1d(layer) else nn.Linear(W.shape[1], W.shape[0], device="meta")
-    new.weight = nn.Parameter((W.T if is_conv1d(layer) else W).to(layer.weight).contiguous(), layer.weight.requires_grad)
-    new.bias = None if bias is None else nn.Parameter(bias.to(layer.weight), layer.weight.requires_grad)
-    return new
+    W = W.T if is_conv1d(layer) else W
+    new.weight = nn.Parameter(W.to(layer.weight).contiguous())
+    new.bias = None if bias is None else nn.Parameter(bias.to(layer.weight))
+    return new.requires_grad_(layer.weight.requires_grad)
 
 
 def swap(model, new_of):
-    """Put new_of[layer] in place of every layer wherever the model holds it, in the mode, training or not, of that layer."""
+    """Put new_of[layer] in place of every layer wherever the model holds it, in training mode if that was."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new_of:
@@ -291,7 +309,8 @@ def swapped(model, new_of):
 
 @contextlib.contextmanager
 def frozen(model, checkpointing=False):
-    """Inside the with block a model runs without dropout, and only parameters switched on there get gradients.
+    """Inside the with block a model runs without dropout, and only parameters switched on there get
+    gradients.
 
     checkpointing: whether blocks on which gradient checkpointing was enabled use it there.
     """
@@ -309,6 +328,14 @@ def frozen(model, checkpointing=False):
             p.requires_grad_(flag)
 
 
+def enable_checkpointing(model):
+    """Switch gradient checkpointing on, for `frozen(model, checkpointing=True)`."""
+    try:
+        model.gradient_checkpointing_enable()
+    except ValueError as error:
+        raise CannotCompress(f"{type(model).__name__} has no gradient checkpointing: leave it out") from error
+
+
 def input_device(model):
     return model.get_input_embeddings().weight.device
 
@@ -316,7 +343,8 @@ def input_device(model):
 # ---- several processes: each holds the whole model and reads its own rows of every batch ----------
 
 def process():
-    """(rank, number) of the processes that torchrun started and `join` brought together; (0, 1) for one alone."""
+    """(rank, number) of the processes that torchrun started and `join` brought together; (0, 1) for one
+    alone."""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
@@ -346,16 +374,17 @@ def bar(items, progress, **words):
 # ---- the metric: what a change of a weight costs the loss ------------------------------------------
 
 class Metric(NamedTuple):
-    G: torch.Tensor      # E[x x^T] [n, n] float32, inputs x of the layer at a token
-    R: torch.Tensor      # E[g g^T] [m, m] float32, gradients g at its outputs of the losses of this token and all later
+    G: torch.Tensor      # E[x x^T] [n, n] float32, of the layer's inputs x at a token
+    R: torch.Tensor  # E[g g^T] [m, m] float32, of the gradients g there of all losses, its own and later ones
 
 
 def observe(model, layers, batches, see, progress=False, desc="metric"):
-    """Call see(name, x, g) with the inputs x [tokens, n] and the output gradients g [tokens, m] of each of `layers`
-    {name: layer}, once a batch of token ids [batch, length]; returns the number of tokens.
+    """Call see(name, x, g) with the inputs x [tokens, n] and the output gradients g [tokens, m] of each of
+    `layers` {name: layer}, once a batch of token ids [batch, length]; returns the number of tokens.
 
-    One pass forward and one backward of the whole model a batch. The labels are drawn from the model's own prediction:
-    E[g g^T] is then the Fisher matrix, the curvature of KL(model || changed model), and not that of one text.
+    One pass forward and one backward of the whole model a batch. The labels are drawn from the model's own
+    prediction: E[g g^T] is then the Fisher matrix, the curvature of KL(model || changed model), not that of
+    one text.
     """
     def watch(name, layer, inputs, output):
         x = inputs[0].detach()
@@ -367,7 +396,7 @@ def observe(model, layers, batches, see, progress=False, desc="metric"):
     if model.dtype in (torch.bfloat16, torch.float16):
         torch.set_float32_matmul_precision("high")                    # TF32 holds products of these exactly
     try:
-        with torch.enable_grad(), frozen(model):                      # gradients of the outputs are all that is asked for
+        with torch.enable_grad(), frozen(model):  # gradients of the outputs are all that is asked for
             for ids in bar(batches, progress, desc=desc, unit="batch"):
                 logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1)
                 p = logits.detach().softmax(-1, dtype=torch.float32)
@@ -382,8 +411,8 @@ def observe(model, layers, batches, see, progress=False, desc="metric"):
 
 
 def draw(p, batch, length):
-    """Labels [batch * length] drawn from distributions p [batch * length, vocab], by the CPU's random numbers: the same
-    on any device, and for any number of processes that share out a batch."""
+    """Labels [batch * length] drawn from distributions p [batch * length, vocab], by the CPU's random
+    numbers: the same on any device, and for any number of processes that share out a batch."""
     rank, processes = process()
     u = torch.rand(batch * processes, length, device="cpu")[rank::processes].flatten().to(p.device)
     total = p.cumsum(-1)
@@ -393,20 +422,20 @@ def draw(p, batch, length):
 def collect_metric(model, layers, batches, progress=False, also=lambda name, x, g: None):
     """{name: Metric} of `layers` {name: layer} over `batches` of token ids [batch, length].
 
-    The sums, in float32, live where the layer lives; layers that read the same tensor share one G. `also` sees what
-    `observe` shows. Raises CannotCompress for a layer that no token reached, and FloatingPointError for sums that are not
-    finite.
+    The sums, in float32, live where the layer lives; layers that read the same tensor share one G. `also`
+    sees what `observe` shows. Raises CannotCompress for a layer that no token reached, and FloatingPointError
+    for sums that are not finite.
     """
     G, R, owner, latest = {}, {}, {}, {}
 
     def see(name, x, g):
         also(name, x, g)
-        address = x.device, x.data_ptr(), x.shape                     # q, k and v read one tensor: one Gram matrix for all
+        address = x.device, x.data_ptr(), x.shape  # q, k and v read one tensor: one G for all
         if latest.get("address") != address:
-            latest.update(address=address, name=name, x=x)            # held, so that its memory is not used for another
-            G.setdefault(name, torch.zeros(x.shape[1], x.shape[1], device=x.device)).addmm_((x := x.float()).T, x)
-        owner[name], g = latest["name"], g.float()
-        R.setdefault(name, torch.zeros(g.shape[1], g.shape[1], device=g.device)).addmm_(g.T, g)
+            latest.update(address=address, name=name, x=x)            # held: no other takes its memory
+            add_gram(G, name, x)
+        owner[name] = latest["name"]
+        add_gram(R, name, g)
 
     tokens = observe(model, layers, batches, see, progress)
     lost = [name for name in layers if name not in R]
@@ -415,15 +444,23 @@ def collect_metric(model, layers, batches, progress=False, also=lambda name, x, 
     for name, moment in [*G.items(), *R.items()]:
         average(moment.div_(tokens))
         if not moment.diagonal().sum().isfinite():
-            raise FloatingPointError(f"the inputs or gradients of layer {name} are not finite: use --dtype float32 or bfloat16")
+            raise FloatingPointError(f"the inputs or gradients of layer {name} are not finite: use --dtype "
+                                     f"float32 or bfloat16")
     return {name: Metric(G[owner[name]], R[name]) for name in layers}
+
+
+def add_gram(sums, name, x):
+    """sums[name] += x^T x of x [tokens, n], in float32."""
+    x = x.float()
+    sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
 
 
 def measured(model, layers, batches, progress=False, room=None, also=lambda name, x, g: None):
     """(name, layer, Metric) of `layers` {name: layer}, one after the other.
 
-    Collected in groups of blocks whose sums fit in `room` bytes (default: a third of what is free on the device that has
-    least), one pass over `batches` a group; a group's sums are let go before the next is collected.
+    Collected in groups of blocks whose sums fit in `room` bytes (default: a third of what is free on the
+    device that has least), one pass over `batches` a group; a group's sums are let go before the next is
+    collected.
     """
     if room is None:
         room = min(free_memory(device) for device in {layer.weight.device for layer in layers.values()}) // 3
@@ -449,22 +486,23 @@ def free_memory(device):
 
 
 def set_prices(model, scored, batches, progress=False):
-    """Set price [r] of each ScoredLinear of `scored` {dense layer: ScoredLinear} to the Fisher information of its scores,
-    F_i = E[(dL/dS_i)^2] = E[(g . u_i sigma_i)^2 (v_i . x)^2], token by token, for the dense model.
+    """Set the price [r] of each of `scored` {dense layer: ScoredLinear} to the Fisher information of its
+    scores, F_i = E[(dL/dS_i)^2] = E[(g . u_i sigma_i)^2 (v_i . x)^2], token by token, for the dense model.
 
-    sigma_i^2 is this only where a token's input and its gradient are independent; attention sinks are the opposite.
+    sigma_i^2 is this only where a token's input and its gradient are independent; attention sinks are the
+    opposite.
     """
-    for layer in scored.values():
-        layer.price.zero_()
+    layers = {name: layer for name, layer in model.named_modules() if layer in scored}
+    for student in scored.values():
+        student.price.zero_()
 
     def see(name, x, g):
-        layer = scored[layers[name]]
-        layer.price += (F.linear(x, layer.V).float() * (g @ layer.U).float()).square().sum(0)
+        student = scored[layers[name]]
+        student.price += (F.linear(x, student.V).float() * (g @ student.U).float()).square().sum(0)
 
-    layers = {name: layer for name, layer in model.named_modules() if layer in scored}
     tokens = observe(model, layers, batches, see, progress, desc="prices")
-    for layer in scored.values():
-        average(layer.price.div_(tokens))
+    for student in scored.values():
+        average(student.price.div_(tokens))
 
 
 # ---- compressing a model ------------------------------------------------------------------------
@@ -472,59 +510,64 @@ def set_prices(model, scored, batches, progress=False):
 BASES = ("plain", "whitened", "two-sided")
 LR = 0.02        # of the scores; the random part of Adam's steps costs about lr^2 sum(price) nats each
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
-POOL = 1.3       # components that a budget this much larger would not keep are dropped for good in stages 1 and 2
+POOL = 1.3  # components that a budget this much larger would not keep are dropped for good in stages 1 and 2
 STAGES = (0.5, 0.1, 0.4)     # the parts of a run that descend, swing and polarise
 
 
-def compress(model, batches, ratio=0.5, steps=200, *, basis="two-sided", lr=LR, deviation=True, stages=STAGES, group=8,
-             metric_batches=16, progress=False):
-    """Compress a causal language model in place, and return it, with `ratio` of its block weights' parameters removed.
+def compress(model, batches, ratio=0.5, steps=200, *, basis="two-sided", lr=LR, deviation=True, stages=STAGES,
+             group=8, metric_batches=16, progress=False):
+    """Compress a causal language model in place, and return it, with `ratio` of its block weights' parameters
+    removed.
 
-    batches: token ids [batch, length], an iterable; repeated when `steps` need more; the metric is measured on the first
-    `metric_batches`. steps=0 chooses without learning. basis: of the decomposition. group: ranks are multiples of it.
-    Raises CannotCompress before any work for what cannot be met, FloatingPointError for a loss that is not finite.
+    batches: token ids [batch, length], an iterable; repeated when `steps` need more; the metric is measured
+    on the first `metric_batches`. steps=0 chooses without learning. basis: of the decomposition. group: ranks
+    are multiples of it. Raises CannotCompress before any work for what cannot be met, FloatingPointError for
+    a loss not finite.
     """
     batches, layers = list(batches), block_layers(model)
-    check(layers, batches, ratio, steps, basis, stages, group)
+    deviation = deviation and steps > 0
+    check(layers, batches, ratio, steps, basis, stages, group, deviation)
     scored = scored_layers(model, layers, batches[:metric_batches], basis, progress)
-    spectrum = Spectrum(list(scored.values()), group)
-    learn(model, scored, spectrum, batches, ratio, steps, lr, deviation, stages, progress)
+    spectrum, budget = Spectrum(list(scored.values()), group), budget_for(layers, ratio, deviation)
+    learn(model, scored, spectrum, batches, budget, steps, lr, deviation, stages, progress=progress)
     return install(model, "soco", layers, finished(scored))
 
 
-def check(layers, batches, ratio, steps, basis, stages, group):
+def check(layers, batches, ratio, steps, basis, stages, group, deviation):
     """Refuse what `compress` cannot do."""
     if torch.is_inference_mode_enabled():
-        raise CannotCompress("compress learns, and nothing can be learned under torch.inference_mode(): leave it, or use no_grad")
+        raise CannotCompress("nothing can be learned under torch.inference_mode(): leave it, or use no_grad")
     if not batches:
-        raise CannotCompress("there are no batches: give token ids [batch, length] to measure on and to learn from")
+        raise CannotCompress("there are no batches: give token ids [batch, length] to learn from")
     if steps < 0 or group < 1 or basis not in BASES or len(stages) != 3 or min(stages) < 0:
-        raise CannotCompress(f"steps {steps}, group {group}, basis {basis!r} or stages {stages} cannot be: steps >= 0, "
-                             f"group >= 1, a basis of {', '.join(BASES)}, three parts >= 0")
+        raise CannotCompress(f"steps {steps}, group {group}, basis {basis!r} or stages {stages} cannot be: "
+                             f"give steps >= 0, group >= 1, a basis of {', '.join(BASES)}, three parts >= 0")
     if not 0 < ratio < 1:
         raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
-    budget, least = budget_for(layers, ratio, steps > 0), 0
-    for layer in layers.values():
-        m, n = matrix(layer).shape
-        least += min(group * (m + n), m * n)
+    least = sum(min(group * sum(layer.weight.shape), layer.weight.numel()) for layer in layers.values())
+    budget = budget_for(layers, ratio, deviation)
     if budget < least:
-        raise CannotCompress(f"ratio {ratio} leaves {budget} parameters, and the least rank of every matrix takes {least}: "
-                             f"give a smaller ratio or rank multiple")
+        raise CannotCompress(f"ratio {ratio} leaves {budget} parameters, and the least rank of every matrix "
+                             f"takes {least}: give a smaller ratio or rank multiple")
 
 
 def budget_for(layers, ratio, deviation):
-    """Parameters that the factors of `layers` {name: layer} may take: what `ratio` leaves, less the deviations' new biases."""
+    """Parameters that the factors of `layers` {name: layer} may take: what `ratio` leaves, less the
+    deviations' new biases."""
     parameters = sum(layer.weight.numel() for layer in layers.values())
     biases = sum(len(matrix(layer)) for layer in layers.values() if deviation and layer.bias is None)
     return math.floor((1 - ratio) * parameters + 1e-6) - biases
 
 
-def scored_layers(model, layers, batches, basis="two-sided", progress=False, visit=lambda *measured: None):
-    """{layer: ScoredLinear}, all kept, all scores 1, for `layers` {name: layer}; visit(layer, metric) sees each metric."""
+def scored_layers(model, layers, batches, basis="two-sided", progress=False, visit=lambda layer, metric: 0):
+    """{layer: ScoredLinear}, all kept, of score 1, for `layers` {name: layer}; visit(layer, metric) sees each
+    metric."""
     scored, each = {}, measured(model, layers, batches, progress)
     for name, layer, metric in bar(each, progress, total=len(layers), desc="decompose", unit="matrix"):
         visit(layer, metric)
-        scored[layer] = ScoredLinear(layer, *decompose(layer, metric, basis), offset_scale=output_rms(layer, metric.G))
+        W = matrix(layer).float()
+        output_rms = ((W @ metric.G) * W).sum(1).mean().sqrt().item()
+        scored[layer] = ScoredLinear(layer, *decompose(layer, metric, basis), offset_scale=output_rms)
     set_prices(model, scored, batches, progress)
     return scored
 
@@ -535,17 +578,12 @@ def decompose(layer, metric, basis):
     return as_the_first([part.contiguous() for part in factor(matrix(layer), G, R)])
 
 
-def output_rms(layer, G):
-    """Root mean square of W x over tokens and outputs."""
-    W = matrix(layer).float()
-    return ((W @ G) * W).sum(1).mean().sqrt().item()
-
-
 def truncated(layer, U, sigma, V, ratio):
-    """LowRankLinear of the first components, as many as `ratio` leaves of this matrix: a baseline without any choice."""
+    """LowRankLinear of the first components, as many as `ratio` leaves of this matrix: a baseline without any
+    choice."""
     k = max(int((1 - ratio) * len(U) * V.shape[1] / (len(U) + V.shape[1])), 1)
     half = sigma[:k].sqrt()
-    return LowRankLinear.of(U[:, :k] * half, half[:, None] * V[:k], layer.bias, like=layer.weight)
+    return low_rank(U[:, :k] * half, half[:, None] * V[:k], layer.bias, like=layer.weight)
 
 
 def finished(scored):
@@ -553,18 +591,19 @@ def finished(scored):
 
 
 class Spectrum:
-    """The scores, prices and masks of N ScoredLinear layers as one tensor each, S, price and kept [N, r], and their
-    deviations, d [N, m], so that a step of learning does for all of them at once what it does; each layer's own are
+    """The scores, prices and masks of N ScoredLinear layers as one tensor each, S, price and kept [N, r], and
+    their deviations, d [N, m], so that a step does for all of them at once what it does; each layer's own are
     views of a row. Where a layer has fewer than r components, price is -1.
     """
 
     def __init__(self, layers, group):
         self.layers, self.group, device = layers, group, layers[0].price.device
-        self.m, self.n = (torch.tensor(sides, device=device) for sides in
-                          zip(*((len(layer.U), layer.V.shape[1]) for layer in layers)))
+        self.m = torch.tensor([len(layer.U) for layer in layers], device=device)
+        self.n = torch.tensor([layer.V.shape[1] for layer in layers], device=device)
         self.ranks = [len(layer.price) for layer in layers]
-        self.S, self.price, self.kept = (torch.full((len(layers), max(self.ranks)), fill, device=device) for fill in (1.0, -1.0, 0.0))
+        self.S = torch.ones(len(layers), max(self.ranks), device=device)
         self.d = torch.zeros(len(layers), int(self.m.max()), device=device)
+        self.price, self.kept = torch.full_like(self.S, -1), torch.zeros_like(self.S)
         for row, (layer, rank) in enumerate(zip(layers, self.ranks)):
             self.price[row, :rank], self.kept[row, :rank] = layer.price, layer.kept
         for tensor in (self.S, self.d):
@@ -573,46 +612,43 @@ class Spectrum:
 
     def share(self):
         """Make the tensors of every layer views of their rows."""
-        for row, (layer, rank, m) in enumerate(zip(self.layers, self.ranks, self.m.tolist())):
+        for row, (layer, rank) in enumerate(zip(self.layers, self.ranks)):
             layer.price, layer.kept = self.price[row, :rank], self.kept[row, :rank]
-            for name, tensor, size in (("S", self.S, rank), ("d", self.d, m)):
+            for name, tensor, size in (("S", self.S, rank), ("d", self.d, len(layer.U))):
                 view = nn.Parameter(tensor.detach()[row, :size])
                 view.grad = tensor.grad[row, :size]
                 setattr(layer, name, view)
 
-    def worth(self):
-        """Predicted loss of dropping each component, F S^2 [N, r]."""
-        return torch.where(self.price < 0, -1.0, self.price * self.S.detach().square())
-
-    def parameters(self):
-        """Parameters of the matrices, dense."""
-        return int((self.m * self.n).sum())
+    def choice(self, budget):
+        """`choose` by the predicted loss of dropping each component, price S^2 [N, r]."""
+        worth = torch.where(self.price < 0, -1.0, self.price * self.S.detach().square())
+        return choose(worth, self.m, self.n, budget, self.group)
 
     def keep_best(self, budget):
-        """Turn the masks on for what `choose` keeps of all components within a budget of parameters."""
-        self.kept.copy_(choose(self.worth(), self.m, self.n, budget, self.group))
+        """Turn the masks on for what is worth most within a budget of parameters."""
+        self.kept.copy_(self.choice(budget))
 
     def shrink(self, budget, optimizer):
-        """Drop for good what `choose` would not keep within `budget`, if that is a tenth of what is there."""
-        keep = choose(self.worth(), self.m, self.n, budget, self.group)
-        ranks, before = keep.sum(1).tolist(), torch.tensor(self.ranks, device=self.m.device)
-        if (keep.sum(1) * (self.m + self.n)).sum() > 0.9 * (before * (self.m + self.n)).sum():
+        """Drop for good what would not be kept within `budget`, if that is a tenth of what is there."""
+        keep, sides = self.choice(budget), (self.m + self.n).tolist()
+        ranks = keep.sum(1).tolist()
+        if sum(map(operator.mul, ranks, sides)) > 0.9 * sum(map(operator.mul, self.ranks, sides)):
             return
         order = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         self.price.masked_fill_(~keep, -1)
-        moments = [optimizer.state[self.S][key] for key in ("exp_avg", "exp_avg_sq") if key in optimizer.state[self.S]]
+        moments = [moment for moment in optimizer.state[self.S].values() if moment.shape == self.S.shape]
         for tensor in (self.S.detach(), self.price, self.kept, *moments):
             tensor.copy_(tensor.gather(1, order))
         for row, (layer, rank) in enumerate(zip(self.layers, ranks)):
-            if rank < len(layer.price):
-                left = order[row, :rank].to(layer.U.device)
-                layer.U, layer.V = layer.U[:, left], layer.V[left]
+            left = order[row, :rank].to(layer.U.device)
+            layer.U, layer.V = layer.U[:, left], layer.V[left]
         self.ranks = ranks
         self.share()
 
 
 def stage_and_target(step, steps, stages, start, budget):
-    """The stage a step belongs to, and the budget of parameters that its mask is chosen for, from `start` on."""
+    """The stage a step belongs to, and the budget of parameters that its mask is chosen for, from `start`
+    on."""
     done, (descend, swing, _) = (step + 1) / steps, stages
     if done <= descend:
         return "descend", budget + (start - budget) * (1 - done / descend) ** 3
@@ -621,48 +657,52 @@ def stage_and_target(step, steps, stages, start, budget):
     return "polarise", budget
 
 
-def learn(model, scored, spectrum, batches, ratio, steps, lr=LR, deviation=True, stages=STAGES, progress=False, start=None):
-    """Train S and d of `scored` {dense layer: ScoredLinear} in the model, and leave the masks on what the budget keeps.
-
-    start: the parameters kept at the start (default: all). The model itself is left as it was.
+def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True, stages=STAGES, start=None,
+          progress=False):
+    """Train S and d of `scored` {dense layer: ScoredLinear} in the model, and leave the masks on what
+    `budget`, in parameters, keeps. start: what is kept at the start (default: all). The model itself is left
+    as it was.
     """
-    layers = {str(row): layer for row, layer in enumerate(scored)}
-    budget, start = budget_for(layers, ratio, deviation and steps > 0), start or spectrum.parameters()
-    optimizer = torch.optim.Adam([{"params": [spectrum.S], "lr": lr}, {"params": [spectrum.d], "lr": lr / 2 * deviation}],
-                                 betas=(0.9, 0.99), fused=True)
+    parameters, S, d = int((spectrum.m * spectrum.n).sum()), spectrum.S, spectrum.d
+    rates = [{"params": [S], "lr": lr}, {"params": [d], "lr": lr / 2 if deviation else 0.0}]
+    optimizer = torch.optim.Adam(rates, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(                     # the rates fall to zero over stage 3
         optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / max(steps, 1)) / max(stages[2], 1e-9)))
-    stage, tokens = None, 0
+    stage = None
     with swapped(model, scored), frozen(model, checkpointing=True), torch.enable_grad():
         for student in spectrum.layers:
             student.S.requires_grad_(True)
             student.d.requires_grad_(deviation)
         for step in (steps_bar := bar(range(steps), progress, desc="learn", unit="step")):
-            before, (stage, target) = stage, stage_and_target(step, steps, stages, start, budget)
+            before = stage
+            stage, target = stage_and_target(step, steps, stages, start or parameters, budget)
             if stage != before or (stage != "polarise" and step % max(steps // 20, 1) == 0):
-                spectrum.shrink(target if stage == "polarise" else min(POOL * target, start), optimizer)
-            if stage != "polarise" or stage != before:
+                pool = target if stage == "polarise" else min(POOL * target, parameters)
+                spectrum.shrink(pool, optimizer)  # what is outside the pool cannot come back
+            if stage != before or stage != "polarise":
                 spectrum.keep_best(target)
             ids = batches[step % len(batches)].to(input_device(model))
-            loss = KLDivergence.apply(teacher(model, spectrum.layers, ids), model(input_ids=ids, use_cache=False).logits)
-            spectrum.S.grad.zero_()
-            spectrum.d.grad.zero_()
-            (loss * ids.numel()).backward()                           # Adam does not see the factor; float16 needs it
-            average(loss := loss.detach(), spectrum.S.grad, spectrum.d.grad)
-            if not torch.stack([loss, spectrum.S.grad.sum().to(loss), spectrum.d.grad.sum().to(loss)]).isfinite().all():
-                raise FloatingPointError(f"the loss or its gradient is not finite at step {step + 1} of {steps} "
-                                         f"(loss {loss.item()}): lower the learning rate, --lr, now {lr}")
+            logits = teacher(model, spectrum.layers, ids)
+            loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
+            S.grad.zero_()
+            d.grad.zero_()
+            (loss * ids.numel()).backward()  # Adam does not see the factor; float16 needs it
+            average(loss := loss.detach(), S.grad, d.grad)
+            if not torch.stack([loss, S.grad.sum().to(loss), d.grad.sum().to(loss)]).isfinite().all():
+                raise FloatingPointError(f"loss {loss.item()} or its gradient is not finite at step {step + 1}"
+                                         f" of {steps}: lower the learning rate, --lr, now {lr}")
             optimizer.step()
             schedule.step()
             if progress:
-                steps_bar.set_postfix(stage=stage, kept=f"{target / spectrum.parameters():.4f}", loss=f"{loss.item():.4f}")
+                steps_bar.set_postfix(stage=stage, kept=target / parameters, loss=loss.item())
     if stage != "polarise":
         spectrum.keep_best(budget)
 
 
 @torch.no_grad()
 def teacher(model, layers, ids):
-    """Logits of the dense layers: the compressed model is its own teacher, and shares everything else with it."""
+    """Logits of the dense layers: the compressed model is its own teacher, and shares everything else with
+    it."""
     for layer in layers:
         layer.teacher = True
     logits = model(input_ids=ids, use_cache=False).logits
@@ -674,135 +714,134 @@ def teacher(model, layers, ids):
 # ---- the saved folder: an ordinary transformers folder, and the module that puts its layers in place ----
 
 FORMAT = 3
-KINDS = {"LowRankLinear": LowRankLinear}         # of layers; rpca.py adds its own
+KINDS = {"LowRankLinear": LowRankLinear}         # of layers; rpca.py adds its own,
+PACKERS = {}  # and how its S, dense in memory, is stored: {kind: S -> {name: tensor}}
 
 
 def install(model, method, layers, new):
-    """Put new[layer] in place of each of `layers` {name: layer}, and write what it became into the model's config."""
+    """Put new[layer] in place of each of `layers` {name: layer}, and write what it became into the model's
+    config."""
     swap(model, new)
-    specs = {name: {"kind": type(new[layer]).__name__, **new[layer].spec()} if type(new[layer]).__name__ in KINDS else
-             {"kind": "dense", "bias": new[layer].bias is not None} for name, layer in layers.items()}
+    specs = {}
+    for name, layer in layers.items():
+        kind = type(new[layer]).__name__
+        dense = {"kind": "dense", "bias": new[layer].bias is not None} if kind not in KINDS else None
+        specs[name] = dense or {"kind": kind, **new[layer].spec}
     model.config.compressed = {"method": method, "format": FORMAT, "layers": specs}
-    model.__class__ = compressed_class(type(model))
+    if not isinstance(model, SavesItself):
+        model.__class__ = compressed_class(type(model))
     return model
 
 
-@functools.cache
-def compressed_class(dense):
-    """The class of a transformers model whose layers are what config.compressed says: it builds and saves them so."""
-    class Compressed(dense):
-        def __init__(self, config, *args, **options):
-            super().__init__(config, *args, **options)
-            replace_layers(self, config.compressed["layers"])
+class SavesItself:
+    """What a compressed model has over its dense class: save_pretrained writes a folder that loads
+    anywhere."""
 
-        def save_pretrained(self, folder, **options):
-            super().save_pretrained(folder, **options)
-            write_loader(Path(folder), self.config)
-
-    Compressed.__name__, Compressed.__qualname__, Compressed.__module__ = dense.__name__, dense.__qualname__, dense.__module__
-    return Compressed
-
-
-def replace_layers(model, specs):
-    """Put the layers that specs {name: {"kind": ..., ...}} describes, without values, in place of the dense ones."""
-    layers, new = dict(model.named_modules()), {}
-    for name, spec in specs.items():
-        layer, spec = layers[name], dict(spec)
-        n, m = layer.weight.shape if type(layer).__name__ == "Conv1D" else layer.weight.shape[::-1]
-        kind = spec.pop("kind")
-        if kind != "dense":
-            new[layer] = KINDS[kind](n, m, **spec)
-        elif spec["bias"] != (layer.bias is not None):
-            layer.bias = nn.Parameter(torch.empty(m)) if spec["bias"] else None
-    swap(model, new)
+    def save_pretrained(self, folder, state_dict=None, **options):
+        state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+        for name, spec in self.config.compressed["layers"].items():
+            if spec["kind"] in PACKERS:
+                stored = PACKERS[spec["kind"]](state_dict.pop(f"{name}.S"))
+                state_dict |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
+                spec["nonzeros"] = len(stored["values"])
+        super().save_pretrained(folder, state_dict=state_dict, **options)
+        write_loader(Path(folder))
 
 
-def write_loader(folder, config):
-    """Make a folder that save_pretrained wrote one of a compressed model: config.json, and the module that reads it."""
+def write_loader(folder):
+    """Make a folder that save_pretrained wrote one of a compressed model: config.json, and the module that
+    reads it."""
     stored = json.loads((folder / "config.json").read_text())
-    stored["compressed"] |= {"dense": stored["model_type"]}
-    stored["model_type"] = CompressedConfig.model_type
-    stored["auto_map"] = {"AutoConfig": "compressed.CompressedConfig", "AutoModelForCausalLM": "compressed.CompressedForCausalLM"}
-    stored["compressed"]["digest"] = digest(stored)
+    kinds = {spec["kind"] for spec in stored["compressed"]["layers"].values()} & set(KINDS)
+    stored["compressed"]["dense"], stored["model_type"] = stored["model_type"], CompressedConfig.model_type
+    stored["auto_map"] = {auto: f"compressed.{made.__name__}" for auto, made in
+                          [("AutoConfig", CompressedConfig), ("AutoModelForCausalLM", CompressedForCausalLM)]}
+    stored["digest"] = digest(stored)
     (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n")
-    (folder / "compressed.py").write_text(loader_source({spec["kind"] for spec in config.compressed["layers"].values()}))
+    parts = [KINDS[kind] for kind in sorted(kinds)]
+    parts += [compressed_class, replace_layers, digest, CompressedConfig, CompressedForCausalLM]
+    names = ", ".join(f'"{kind}": {kind}' for kind in sorted(kinds))
+    source = LOADER + "\n".join(map(inspect.getsource, parts)) + f"\nKINDS, MODEL_BASES = {{{names}}}, ()\n"
+    (folder / "compressed.py").write_text(source)
 
 
-def digest(stored):
-    """Of what a config.json says of the model: any change of it after saving is found."""
-    told = {key: value for key, value in stored.items() if key not in ("auto_map", "architectures", "transformers_version")}
-    told["compressed"] = {key: value for key, value in stored["compressed"].items() if key != "digest"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-class CompressedConfig(PreTrainedConfig):
-    """config.json of a compressed folder: the dense model's, but for model_type, and `compressed`, what its layers became."""
-    model_type = "compressed_low_rank"
-
-
-class CompressedForCausalLM:
-    """What AutoModelForCausalLM calls for a compressed folder: it loads what was saved, all of it, or raises ValueError."""
-    config_class = CompressedConfig
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class):
-        """Called by transformers; nothing to do."""
-
-    @classmethod
-    def from_pretrained(cls, folder, *args, config=None, output_loading_info=False, **options):
-        hub = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "token", "local_files_only") if key in options}
-        stored, _ = PreTrainedConfig.get_config_dict(folder, **hub)
-        index = Path(folder, "model.safetensors.index.json")
-        shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
-        if any(Path(name).name != name or not name.endswith(".safetensors") for name in shards) or Path(folder, "adapter_config.json").exists():
-            raise ValueError(f"{folder} reads files that are not safetensors of its own")
-        if stored["compressed"].get("digest") != digest(stored):
-            raise ValueError(f"{folder}: config.json is not what was saved: take it from the original")
-        dense = AutoConfig.for_model(**{**stored, "model_type": stored["compressed"]["dense"], "auto_map": None})
-        del dense.auto_map
-        model, info = compressed_class(AutoModelForCausalLM._model_mapping[type(dense)]).from_pretrained(
-            folder, *args, config=dense, **{**options, "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True})
-        wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[key])
-        if wrong:
-            raise ValueError(f"{folder} is not what was saved: its tensors and config.json differ in {wrong[0]}")
-        for module in model.modules():
-            if hasattr(module, "unpack"):
-                module.unpack()
-        return (model, info) if output_loading_info else model
-
-
-LOADER = '''"""Loads the compressed model in this folder, with transformers and torch alone:
-
-    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-"""
+LOADER = '''"""Loads this model: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)."""
 import functools
 import hashlib
-import inspect
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 '''
+MODEL_BASES = (SavesItself,)
 
 
-def loader_source(kinds):
-    """The text of compressed.py, the module that a folder carries: the layers, and how they are put in place."""
-    kinds = [KINDS[kind] for kind in sorted(kinds & set(KINDS))]
-    parts = [*kinds, compressed_class, replace_layers, swap, write_loader, digest, CompressedConfig, CompressedForCausalLM]
-    return LOADER + "\n\n".join(inspect.getsource(part) for part in parts) + f"""
+@functools.cache
+def compressed_class(dense):
+    """The class of a transformers model whose layers are what config.compressed says."""
+    class Compressed(*MODEL_BASES, dense):
+        def __init__(self, config, *args, **options):
+            super().__init__(config, *args, **options)
+            replace_layers(self, config.compressed["layers"])
 
-def loader_source(kinds):
-    return inspect.getsource(sys.modules[__name__])
+    Compressed.__name__, Compressed.__module__ = dense.__name__, dense.__module__
+    return Compressed
 
 
-KINDS = {{kind.__name__: kind for kind in ({"".join(kind.__name__ + ", " for kind in kinds)})}}
-"""
+def replace_layers(model, specs):
+    """Put the layers that specs {name: {"kind": ..., ...}} describe, without values, in place of the
+    dense."""
+    layers, new = dict(model.named_modules()), {}
+    for name, spec in specs.items():
+        layer, (m, n), spec = layers[name], layers[name].weight.shape, dict(spec)
+        m, n = (n, m) if type(layer).__name__ == "Conv1D" else (m, n)
+        if (kind := spec.pop("kind")) != "dense":
+            new[layer] = KINDS[kind](n, m, **spec)
+        elif spec["bias"] != (layer.bias is not None):
+            layer.bias = nn.Parameter(torch.empty(m)) if spec["bias"] else None
+    for parent in list(model.modules()):
+        parent._modules.update({name: new[child] for name, child in parent._modules.items() if child in new})
+
+
+def digest(stored):
+    """Of what config.json says of the model: any change of it after saving is found."""
+    told = stored | dict.fromkeys(["digest", "auto_map", "architectures", "transformers_version"])
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+class CompressedConfig(PreTrainedConfig):
+    """config.json of a compressed folder: the dense model's, and what its layers became."""
+    model_type = "compressed_low_rank"
+
+
+class CompressedForCausalLM(PreTrainedModel):
+    """What AutoModelForCausalLM calls for a compressed folder: loads all that was saved, or raises
+    ValueError."""
+    config_class = CompressedConfig
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, config=None, output_loading_info=False, **options):
+        hub = {key: options[key] for key in options.keys() & {"revision", "subfolder", "cache_dir", "token"}}
+        stored, _ = PreTrainedConfig.get_config_dict(folder, **hub)
+        index = Path(folder, "model.safetensors.index.json")
+        shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
+        outside = [name for name in shards if Path(name).name != name or Path(name).suffix != ".safetensors"]
+        if outside or stored.get("digest") != digest(stored):
+            raise ValueError(f"{folder}: config.json or the index of its weights is not what was saved")
+        dense = AutoConfig.for_model(**{**stored, "model_type": stored["compressed"]["dense"]})
+        del dense.auto_map, dense.digest
+        options |= {"config": dense, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        model_class = compressed_class(AutoModelForCausalLM._model_mapping[type(dense)])
+        model, info = model_class.from_pretrained(folder, *args, output_loading_info=True, **options)
+        wrong = [name for key in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[key]]
+        if wrong:
+            raise ValueError(f"{folder} is not what was saved: tensor {wrong[0]} is not as config.json says")
+        model.apply(lambda module: hasattr(module, "unpack") and module.unpack())
+        return (model, info) if output_loading_info else model
 
 
 AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)
@@ -810,29 +849,34 @@ AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=
 
 
 @contextlib.contextmanager
-def reserved(folder):
-    """Take a folder's name at once: `folder` is new or empty. Inside the with block it stays empty and locked, and the
-    path that the block is given, beside it, is where to build; `publish` moves that over it.
+def reserved(folder, new=False):
+    """Take a folder's name at once: `folder` is new or empty. Inside the with block it stays empty and
+    locked, and the block is given (where to build, folder); `publish` moves the one over the other.
 
-    Raises CannotCompress for a name that cannot be taken. Without a `publish`, nothing is left.
+    Raises CannotCompress for a name that cannot be taken; with new=True, FileExistsError for one that is
+    there. Without a `publish`, nothing is left.
     """
     folder = Path(os.path.abspath(folder))
-    refused = f"cannot write folder {str(folder)!r}: "
-    if folder.is_symlink() or os.path.ismount(folder):
-        raise CannotCompress(refused + "it is a link or a mount point; give a new or an empty folder")
+    if new and os.path.lexists(folder):
+        raise FileExistsError(folder)
+    missing = [parent for parent in [folder, *folder.parents] if not os.path.lexists(parent)]
     try:
+        if folder.is_symlink() or os.path.ismount(folder):
+            raise OSError(None, "it is a link or a mount point")
         str(folder).encode("utf-8")
-        missing = [parent for parent in [folder, *folder.parents] if not parent.exists()]
         for parent in reversed(missing):
             parent.mkdir(exist_ok=parent != folder)
         if any(folder.iterdir()):
-            raise CannotCompress(refused + "it is not empty; give a new or an empty folder")
+            raise OSError(None, "it is not empty")
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         beside = tempfile.TemporaryDirectory(prefix=".compressed-", dir=folder.parent)
     except (OSError, UnicodeEncodeError) as error:
-        why = "another run is writing it" if isinstance(error, BlockingIOError) else getattr(error, "strerror", "not UTF-8")
-        raise CannotCompress(refused + f"{why}; give another folder") from error
+        if new and isinstance(error, FileExistsError):
+            raise
+        why = getattr(error, "strerror", "its name is not UTF-8")
+        why = "another run is writing it" if isinstance(error, BlockingIOError) else why
+        raise CannotCompress(f"cannot write {str(folder)!r}: {why}; give a new or an empty folder") from error
     try:
         with beside as fresh:
             yield Path(fresh, folder.name), folder
@@ -844,7 +888,8 @@ def reserved(folder):
 
 
 def publish(model, place, extra=None):
-    """Save a compressed model to a `place` that `reserved` gave; extra(folder) adds files. All of it appears in one rename."""
+    """Save a compressed model to a `place` that `reserved` gave; extra(folder) adds files. All of it appears
+    in one rename."""
     from safetensors import SafetensorError
     fresh, folder = place
     try:
@@ -854,7 +899,7 @@ def publish(model, place, extra=None):
             extra(fresh)
         fresh.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise CannotCompress(f"cannot write folder {str(folder)!r}: {error}; give a place with more room") from error
+        raise CannotCompress(f"cannot write {str(folder)!r}: {error}; give a place with more room") from error
 
 
 def save(model, folder):
@@ -866,7 +911,8 @@ def save(model, folder):
 
 
 def load(folder, **options):
-    """The compressed model in a folder; options as for transformers' from_pretrained (dtype, device_map, ...).
+    """The compressed model in a folder; options as for transformers' from_pretrained (dtype, device_map,
+    ...).
 
     Only safetensors is read. Raises ValueError where the folder is not what was saved.
     """
@@ -892,40 +938,41 @@ def quiet():
 def add_run_flags(parser, metric_batches):
     from eval_ppl import add_model_flags, between, whole
     add_model_flags(parser)
-    add = parser.add_argument
-    add("--ratio", type=between(0, 1), nargs="+", default=[0.5],
-        help="share of the block weights' parameters to remove; several, rising: one run that saves a model at each")
-    add("--calib", help="text to learn from, its train split: wikitext2, stdlib or a file (default: stdlib for the "
-                        "bundled model, else wikitext2)")
+    add, size = parser.add_argument, whole(1, 2 ** 20)
+    add("--ratio", type=between(0, 1), nargs="+", default=[0.5], help="share of the block weights' parameters"
+        " to remove; several, rising: one run that goes down through them and saves a model at each")
+    add("--calib", help="text to learn from, its train split: wikitext2, stdlib or a file (default: stdlib"
+                        " for the bundled model, else wikitext2)")
     add("--eval", help="text for perplexity, its test split; named like --calib, and not the same file")
     add("--same-text", action="store_true", help="allow --calib and --eval to be the same file")
     add("--seqlen", type=whole(8, 2 ** 20), default=256, help="tokens a calibration block")
     add("--batch-size", type=whole(1, 2 ** 16), default=4, help="blocks a batch")
-    add("--metric-batches", type=whole(1, 10 ** 5), default=metric_batches, help="batches that the metric is measured on")
-    add("--eval-seqlen", type=whole(2, 2 ** 20), help="tokens a window of the perplexities (default: what the model "
-                                                      "reads, at most 2048)")
-    add("--eval-stride", type=whole(1, 2 ** 20), help="tokens from one window to the next (default: --eval-seqlen)")
-    add("--eval-blocks", type=whole(1), help="score only the first so many windows (default: all)")
+    add("--metric-batches", type=whole(1, 10 ** 5), default=metric_batches, help="batches the metric sees")
+    add("--eval-seqlen", type=whole(2, 2 ** 20), help="tokens a window of the perplexities (default: what"
+                                                      " the model reads, at most 2048)")
+    add("--eval-stride", type=size, help="tokens from one window to the next (default: --eval-seqlen)")
+    add("--eval-blocks", type=size, help="score only the first so many windows (default: all)")
     add("--no-baselines", action="store_true", help="do not measure the baselines")
-    add("--seed", type=whole(0), default=0, help="of the choice and order of calibration blocks and of drawn labels")
-    add("--out", help="folder to write, new or empty; with several ratios each gets its own in it (default: a fresh one under out/)")
+    add("--seed", type=whole(0), default=0, help="of the choice of calibration blocks and of drawn labels")
+    add("--out", help="folder to write, new or empty; each of several ratios gets its own in it (default: a "
+                      "fresh one under out/)")
 
 
 def check_run(args):
-    """(device, dtype) of a run, its processes brought together; refuses flags that cannot be met together."""
+    """The device and dtype of a run; fills in defaults and refuses flags that cannot be met together."""
     from eval_ppl import UserError, default_text, pick_device, pick_dtype
-    args.calib, args.eval = (text or default_text(args.model) for text in (args.calib, args.eval))
-    if Path(args.calib).is_file() and Path(args.eval).is_file() and Path(args.calib).samefile(args.eval) and not args.same_text:
-        raise UserError(f"--calib and --eval are both {args.eval}: perplexity on the text that was learned from says "
+    args.calib, args.eval = args.calib or default_text(args.model), args.eval or default_text(args.model)
+    calib, scored = Path(args.calib), Path(args.eval)
+    if calib.is_file() and scored.is_file() and calib.samefile(scored) and not args.same_text:
+        raise UserError(f"--calib and --eval are both {args.eval}: perplexity on what was learned from says "
                         f"little; give another file, or --same-text if you mean it")
     if args.ratio != sorted(set(args.ratio)):
         raise UserError(f"--ratio {args.ratio}: several ratios must rise")
     processes = os.environ.get("WORLD_SIZE", "1")
     if not re.fullmatch(r"[1-9]\d{0,4}", processes) or args.batch_size % int(processes):
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared out among WORLD_SIZE={processes} processes: give a multiple")
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared out among WORLD_SIZE={processes} "
+                        f"processes: give a multiple")
     device = pick_device(args.device)
-    if int(processes) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, pick_dtype(args.dtype, device)
 
 
@@ -937,39 +984,44 @@ def read_inputs(args, device, dtype):
     args.eval_seqlen = args.eval_seqlen or min(longest_input(model) or 2048, 2048)
     args.eval_stride = args.eval_stride or args.eval_seqlen
     if args.eval_stride > args.eval_seqlen:
-        raise UserError(f"--eval-stride {args.eval_stride} is longer than --eval-seqlen {args.eval_seqlen}: it would skip text")
+        raise UserError(f"--eval-stride {args.eval_stride} is longer than --eval-seqlen {args.eval_seqlen}: "
+                        f"it would skip text")
     check_windows(model, {"--seqlen": args.seqlen, "--eval-seqlen": args.eval_seqlen})
     evaluation = load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
     calibration = load_tokens(model, tokenizer, args.calib, "train", args.seqlen)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     return model, tokenizer, calibration, evaluation
 
 
 def sample_batches(ids, args, count):
-    """`count` batches [batch, seqlen] of blocks of a text's ids [tokens], without overlap, in random order, repeated
-    when the text has fewer; the same first ones whatever the count. Of several processes, each gets its own rows."""
+    """`count` batches [batch, seqlen] of blocks of a text's ids [tokens], without overlap, in random order,
+    repeated when the text has fewer; the same first ones whatever the count. Of several processes, each gets
+    its own rows."""
     blocks = ids[:len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(args.seed), device="cpu")
-    blocks = blocks[order.repeat(count * args.batch_size // len(blocks) + 1)[:count * args.batch_size]]
+    wanted = count * args.batch_size
+    blocks = blocks[order.repeat(wanted // len(blocks) + 1)[:wanted]]
     rank, processes = process()
     return [batch[rank::processes] for batch in blocks.split(args.batch_size)]
 
 
 def out_folders(args, method, stack):
-    """{ratio: place}, reserved until the ExitStack closes: --out, or out/MODEL-METHOD-RATIO with the first number that is free."""
+    """{ratio: place}, reserved until the ExitStack closes: --out, or out/MODEL-METHOD-RATIO with the first
+    number that is free. Of several processes, the first alone writes."""
     from eval_ppl import BUNDLED
-    name = re.sub(r"[^\w.-]+", "-", "demo" if args.model == BUNDLED else Path(args.model).name)[:100] or "model"
+    name = "demo" if args.model == BUNDLED else re.sub(r"[^\w.-]+", "-", Path(args.model).name)[:100]
     places = {}
-    for ratio in args.ratio if process()[0] == 0 else ():
+    for ratio in args.ratio if os.environ.get("RANK", "0") == "0" else ():
         if args.out:
             folder = args.out if len(args.ratio) == 1 else os.path.join(args.out, f"{ratio:g}")
             places[ratio] = stack.enter_context(reserved(folder))
         for number in itertools.count(1) if not args.out else ():
-            folder = Path("out", f"{name}-{method}-{ratio:g}" + (f"-{number}" if number > 1 else ""))
-            if not os.path.lexists(folder):
-                with contextlib.suppress(CannotCompress if folder.parent.is_dir() else ()):    # another run was faster
-                    places[ratio] = stack.enter_context(reserved(folder))
-                    break
+            folder = os.path.join("out", f"{name}-{method}-{ratio:g}" + (f"-{number}" if number > 1 else ""))
+            with contextlib.suppress(FileExistsError):
+                places[ratio] = stack.enter_context(reserved(folder, new=True))
+                break
     return places
 
 
@@ -992,61 +1044,75 @@ class Report:
         self.seconds[phase] = round(self.seconds.get(phase, 0) + time.perf_counter() - start, 2)
 
     def score(self, key, label, ratio=None, new={}, pruned=False):
-        """Perplexity of the model with the layers new {layer: another}: a row of the table, printed at once."""
+        """Perplexity of the model with the layers new {layer: another}: a row of the table, printed at
+        once."""
         from eval_ppl import UserError, perplexity, say
         args = self.args
+        progress = functools.partial(bar, progress=True, desc="perplexity", unit="batch")
         with self.clock("eval"), swapped(self.model, new):
             try:
-                result = perplexity(self.model, self.evaluation, args.eval_seqlen, args.eval_stride, args.eval_blocks,
-                                    progress=process()[0] == 0)
+                ppl, nll, tokens = perplexity(self.model, self.evaluation, args.eval_seqlen, args.eval_stride,
+                                              args.eval_blocks, progress)
             except FloatingPointError as error:
                 raise UserError(f"--model {args.model}, {label}: {error}") from error
             kept, size = block_parameters(self.model, self.shapes, pruned)
         if not self.rows:
-            self.eval = {"data": args.eval, "split": "test", "seqlen": args.eval_seqlen, "stride": args.eval_stride,
-                         "tokens": result.tokens, "dtype": str(self.model.dtype).removeprefix("torch.")}
-            say("settings: " + ", ".join(f"{name} {value}" for name, value in vars(args).items()))
-            say("perplexity: " + ", ".join(f"{name} {value}" for name, value in self.eval.items()) + f", device {self.model.device}")
+            self.dense_nll = nll
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            self.eval = {"data": args.eval, "split": "test", "seqlen": args.eval_seqlen,
+                         "stride": args.eval_stride, "tokens": tokens, "dtype": dtype}
+            say(f"settings: {listed(vars(args))}")
+            say(f"perplexity: {listed(self.eval)}, device {self.model.device}")
             say(f"{'':38} {'perplexity':>12} {'gap':>9} {'parameters':>14} {'MB':>10}")
-        gap = result.nll - self.rows["dense", None]["nll"] if self.rows else 0.0
-        self.rows[key, ratio] = {"label": label, "ppl": result.ppl, "nll": result.nll, "kept": kept, "gap": gap}
+        gap = nll - self.dense_nll
+        self.rows[key, ratio] = {"label": label, "ppl": ppl, "nll": nll, "kept": kept, "gap": gap}
         label = label if ratio is None or len(args.ratio) == 1 else f"{ratio:g}: {label}"
-        say(f"{label:38} {result.ppl:12.2f} {gap:9.4f} {kept:14,} {size / 1e6:10.1f}")
+        say(f"{label:38} {ppl:12.2f} {gap:9.4f} {kept:14,} {size / 1e6:10.1f}")
 
     def write(self, place, ratio, tokenizer):
-        """Save the compressed model with its tokenizer, metrics.json and model card; print where, and what it keeps."""
+        """Save the compressed model with its tokenizer, metrics.json and model card; print where, and what it
+        keeps."""
         from eval_ppl import say
-        layers = [{"name": name, "shape": (m, n), **self.model.config.compressed["layers"][name],
-                   "kept": block_parameters(self.model, {name: (m, n, bias)})[0]} for name, (m, n, bias) in self.shapes.items()]
-        parameters = sum(m * n for m, n, _ in self.shapes.values())
         if not place:                                                 # not the first process
             return
+        layers = [{"name": name, "shape": (m, n), **self.model.config.compressed["layers"][name],
+                   "kept": block_parameters(self.model, {name: (m, n, bias)})[0]}
+                  for name, (m, n, bias) in self.shapes.items()]
+        rows = {key: row for (key, at), row in self.rows.items() if at in (None, ratio)}
+        total, metrics = sum(m * n for m, n, _ in self.shapes.values()), {}
 
         def extra(folder):
             tokenizer.save_pretrained(folder)
-            rows = {key: row for (key, at), row in self.rows.items() if at in (None, ratio)}
-            self.metrics = {
-                "method": self.method, "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-                **vars(self.args), "ratio": ratio, "compressible_params": parameters, "kept_params": rows["compressed"]["kept"],
-                "dense_bytes": self.dense_bytes, "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-                "seconds": self.seconds, "peak_memory_bytes": peak_memory(self.model.device),
-                "ppl": {key: row["ppl"] for key, row in rows.items()}, "gap": {key: row["gap"] for key, row in rows.items()},
-                "eval": self.eval, "versions": {"torch": torch.__version__}, "layers": layers,
-                "untouched": [{"name": name, "shape": shape, "reason": reason} for name, shape, reason in self.untouched],
-                "device": str(self.model.device), "dtype": self.eval["dtype"], "processes": process()[1]}
-            (folder / "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
-            (folder / "README.md").write_text(model_card(self.metrics, rows))
+            metrics.update(
+                vars(self.args), method=self.method, ratio=ratio,
+                command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                compressible_params=total, kept_params=rows["compressed"]["kept"],
+                dense_bytes=self.dense_bytes,
+                file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                seconds=self.seconds, peak_memory_bytes=peak_memory(self.model.device),
+                ppl={key: row["ppl"] for key, row in rows.items()},
+                gap={key: row["gap"] for key, row in rows.items()},
+                eval=self.eval, dtype=self.eval["dtype"], device=str(self.model.device),
+                processes=process()[1], versions={"torch": torch.__version__}, layers=layers,
+                untouched=[dict(zip(("name", "shape", "reason"), weight)) for weight in self.untouched])
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+            (folder / "README.md").write_text(model_card(metrics, rows))
 
         with quiet():
             publish(self.model, place, extra)
         say("kept share of each matrix, block by block, in tenths (D: all of it)\n" + allocation(layers))
         if ratio == self.args.ratio[-1]:
-            say("not touched: " + "; ".join(f"{name} {' x '.join(map(str, shape))} ({reason})" for name, shape, reason in self.untouched))
-        say(f"kept {self.metrics['kept_params'] / parameters:.4f} of {parameters:,} block parameters; file "
-            f"{self.metrics['file_bytes'] / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB; peak memory "
-            f"{self.metrics['peak_memory_bytes'] / 1e9:.2f} GB; seconds {self.seconds}")
-        say(f"written to {place[1]}; score it again with: python eval_ppl.py --model {place[1]} --eval {self.args.eval} "
-            f"--seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}")
+            say("not touched: " + "; ".join(f"{name} {' x '.join(map(str, shape))} ({reason})"
+                                            for name, shape, reason in self.untouched))
+        say(f"kept {metrics['kept_params'] / total:.4f} of {total:,} block parameters; file "
+            f"{metrics['file_bytes'] / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB; peak memory "
+            f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB; seconds {self.seconds}")
+        say(f"written to {place[1]}; score it again with: python eval_ppl.py --model {place[1]} --eval "
+            f"{self.args.eval} --seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}")
+
+
+def listed(settings):
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def allocation(layers):
@@ -1060,15 +1126,17 @@ def allocation(layers):
 
 
 def block_parameters(model, shapes, pruned=False):
-    """(parameters, bytes on disk) of the block weights of `shapes` {name: (m, n, whether it had a bias)}, counted from the
-    modules as they are now; a bias that was there before does not count, nor, in a sparse matrix, do its zeros, but for a
-    bit of its bitmask. pruned: dense matrices are sparse ones."""
+    """(parameters, bytes on disk) of the block weights of `shapes` {name: (m, n, whether it had a bias)},
+    counted from the modules as they are now. A bias that was there before does not count; the zeros of a
+    sparse matrix (of a dense one if `pruned`) do not, but every entry has one bit of a mask."""
     parameters = size = 0
     for name, (m, n, bias) in shapes.items():
         layer = model.get_submodule(name)
+        count, mask = sum(p.numel() for p in layer.parameters()) - m * bias, 0
         sparse = layer.weight if pruned else getattr(layer, "S", None)
-        count = sum(p.numel() for p in layer.parameters()) - m * bias - (0 if sparse is None else (sparse == 0).sum().item())
-        parameters, size = parameters + count, size + count * layer.weight.element_size() + (0 if sparse is None else m * n // 8)
+        if sparse is not None:
+            count, mask = count - (sparse == 0).sum().item(), m * n // 8
+        parameters, size = parameters + count, size + count * layer.weight.element_size() + mask
     return parameters, size
 
 
@@ -1083,8 +1151,8 @@ def peak_memory(device):
 def model_card(metrics, rows):
     """The README.md of a compressed folder."""
     script = {"soco": "soco", "cap": "rpca"}[metrics["method"]]
-    lines = [f"| {row['label']} | {row['ppl']:.2f} | {row['gap']:.4f} | {row['kept']:,} |" for row in rows.values()]
-    settings = ", ".join(f"{key} {value}" for key, value in metrics["eval"].items())
+    table = "\n".join(f"| {row['label']} | {row['ppl']:.2f} | {row['gap']:.4f} | {row['kept']:,} |"
+                      for row in rows.values())
     return f"""---
 library_name: transformers
 tags: [{metrics['method']}, compressed]
@@ -1095,19 +1163,20 @@ tags: [{metrics['method']}, compressed]
 
 | | perplexity | gap (nats a token) | parameters in the block weights |
 | --- | --- | --- | --- |
-{chr(10).join(lines)}
+{table}
 
-Perplexity: {settings}.
+Perplexity: {listed(metrics['eval'])}.
 File: {metrics['file_bytes']:,} bytes, dense {metrics['dense_bytes']:,}.
 
-Made by `{metrics['command']}`; every setting is in metrics.json. To load it, with transformers and torch alone:
+Made by `{metrics['command']}`; every setting is in metrics.json.
+To load it with transformers and torch alone, which runs compressed.py of this folder:
 
 ```python
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)      # runs compressed.py, in the folder
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
 ```
 
-or, with {script}.py at hand, without running code from the folder: `import {script}` first, and leave the flag out.
+With {script}.py at hand, `import {script}` first and leave the flag out: no code of the folder is run.
 """
 
 
@@ -1115,52 +1184,62 @@ def main():
     from eval_ppl import Parser, between, whole
     parser = Parser(__doc__)
     add_run_flags(parser, metric_batches=16)
-    parser.add_argument("--basis", choices=BASES, default="two-sided", help="of the decomposition; plain is the paper's")
-    parser.add_argument("--steps", type=whole(0, 10 ** 6), default=200, help="of learning, over all three stages")
-    parser.add_argument("--lr", type=between(0, 10), default=LR, help="Adam's learning rate for the scores")
-    parser.add_argument("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
-    parser.add_argument("--no-deviation", action="store_true", help="do not learn the output offsets d")
-    parser.add_argument("--gradient-checkpointing", action="store_true",
-                        help="recompute activations when learning: less memory, more time")
+    add = parser.add_argument
+    add("--basis", choices=BASES, default="two-sided", help="of the decomposition; plain is the paper's")
+    add("--steps", type=whole(0, 10 ** 6), default=200, help="of learning, over all stages of all ratios")
+    add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate for the scores")
+    add("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
+    add("--no-deviation", action="store_true", help="do not learn the output offsets d")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     args = parser.parse_args()
     device, dtype = check_run(args)
+    steps, deviation = args.steps // len(args.ratio), args.steps > 0 and not args.no_deviation
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "soco", stack)
         model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
-        layers, batches = block_layers(model), sample_batches(calibration, args, max(args.steps, args.metric_batches))
+        layers = block_layers(model)
+        batches = sample_batches(calibration, args, max(args.steps, args.metric_batches))
         for ratio in args.ratio:
-            check(layers, batches, ratio, args.steps * (not args.no_deviation), args.basis, STAGES, args.rank_multiple)
+            check(layers, batches, ratio, steps, args.basis, STAGES, args.rank_multiple, deviation)
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         report = Report("soco", args, model, layers, evaluation)
         report.score("dense", "dense")
 
-        baselines = {(basis, ratio): {} for basis in ("plain", "whitened") for ratio in args.ratio}
+        kinds = () if args.no_baselines else ("plain", "whitened")
+        baselines = {(basis, ratio): {} for ratio in args.ratio for basis in kinds}
 
-        def truncate(layer, metric):
-            for (basis, ratio), new in baselines.items():
-                new[layer] = truncated(layer, *decompose(layer, metric, basis), ratio)
+        def truncate(layer, metric):                                  # while the metric is there
+            for basis in kinds:
+                factors = decompose(layer, metric, basis)
+                for ratio in args.ratio:
+                    baselines[basis, ratio][layer] = truncated(layer, *factors, ratio)
 
         with report.clock("metric and decompositions"):
-            scored = scored_layers(model, layers, batches[:args.metric_batches], args.basis, progress=True,
-                                   visit=(lambda *_: None) if args.no_baselines else truncate)
-        spectrum = Spectrum(list(scored.values()), args.rank_multiple)
-        for ratio in () if args.no_baselines else args.ratio:
-            report.score("svd", "plain SVD, same share", ratio, baselines.pop(("plain", ratio)))
-            report.score("svd_whitened", "whitened SVD, same share", ratio, baselines.pop(("whitened", ratio)))
-            spectrum.keep_best(budget_for(layers, ratio, deviation=False))
-            report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
+            measured_on = batches[:args.metric_batches]
+            scored = scored_layers(model, layers, measured_on, args.basis, progress=True, visit=truncate)
+            spectrum = Spectrum(list(scored.values()), args.rank_multiple)
+        for (basis, ratio), new in baselines.items():
+            key = {"plain": "svd", "whitened": "svd_whitened"}[basis]
+            report.score(key, f"{basis} SVD, same share", ratio, new)
+        if not args.no_baselines:
+            for ratio in args.ratio:
+                spectrum.keep_best(budget_for(layers, ratio, deviation=False))
+                label = f"{args.basis} SVD, global choice"
+                report.score("svd_global", label, ratio, finished(scored))
+        baselines.clear()
 
         kept = None
-        for ratio in args.ratio:                                      # each goes on where the one before has ended
+        for ratio in args.ratio:  # each goes on where the one before has ended
+            budget = budget_for(layers, ratio, deviation)
             with report.clock("learn"):
-                learn(model, scored, spectrum, batches, ratio, args.steps // len(args.ratio), args.lr, not args.no_deviation,
-                      progress=True, start=kept)
-            kept = budget_for(layers, ratio, args.steps > 0)
+                learn(model, scored, spectrum, batches, budget, steps, args.lr, deviation, start=kept,
+                      progress=True)
             install(model, "soco", layers, new := finished(scored))
-            report.score("compressed", f"SoCo, {args.steps // len(args.ratio)} steps", ratio)
+            report.score("compressed", f"SoCo, {steps} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)
             swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
+            kept = budget
 
 
 if __name__ == "__main__":
