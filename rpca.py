@@ -37,8 +37,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from soco import (KINDS, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
-                  block_layers, check_run, dense_like, free_memory, frozen, input_device, install, load, matrix, measured,
-                  out_folders, read_inputs, sample_batches, save, swap, swapped)
+                  block_layers, check_run, dense_like, free_memory, frozen, input_device, install, load,
+                  matrix, measured, out_folders, read_inputs, sample_batches, save, swap, swapped)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -151,7 +151,7 @@ def score_function(mask, p, edge=0.0):
 
 
 def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generator=None, progress=lambda s: s):
-    """Learn probabilities from forward passes alone (REINFORCE, as the paper has it); returns p and the losses.
+    """Learn probabilities from forward passes alone (REINFORCE, as the paper has it): p, and the losses.
 
     loss_of(masks, step) -> loss of one draw. Each step draws masks ~ Bernoulli(p) and moves p by
     -lr (loss - baseline) score_function, the baseline being the mean of the last `window` losses; then p is
@@ -312,8 +312,8 @@ class Draft(nn.Module):
         super().__init__()
         self.layer, self.G, self.price, self.S = layer, G, price, matrix(layer).clone()
         moments = [R.diagonal(), G.diagonal().to(R)]
-        self.rows, self.columns = ((A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A)
-                                   for A in moments)
+        self.rows, self.columns = (
+            (A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A) for A in moments)
         self.m, self.n = self.S.shape
         self.U, self.V = self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n)
 
@@ -383,7 +383,7 @@ def check(layers, batches, ratio, estimator, rank_share, rounds):
     if not 0 < ratio < 1:
         raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
     if estimator not in ESTIMATORS or not 0 <= rank_share < 1 or rounds < (estimator == "metric"):
-        raise CannotCompress(f"estimator {estimator!r}, rank_share {rank_share} or rounds {rounds} cannot be: "
+        raise CannotCompress(f"estimator {estimator!r}, rank_share {rank_share}, rounds {rounds}: cannot be; "
                              f"give {' or '.join(ESTIMATORS)}, a share from 0 to below 1, at least one round")
 
 
@@ -526,7 +526,8 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
     p = project([worth / (worth + c * mean) for worth, c in zip(worths, cost)], cost, budget)
     generator = torch.Generator(device=device).manual_seed(seed)
     shown = functools.partial(bar, progress=progress, desc="policy", unit="draw")
-    p, _ = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator, progress=shown)
+    draws = rounds * len(batches)
+    p, _ = policy_gradient(loss_of, p, cost, budget, draws, generator=generator, progress=shown)
     set_masks(keep_most_probable([q * (worth > 0) for q, worth in zip(p, worths)], cost, budget))
     if refitted:
         refit_all(drafts)

@@ -689,8 +689,8 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True
             (loss * ids.numel()).backward()  # Adam does not see the factor; float16 needs it
             average(loss := loss.detach(), S.grad, d.grad)
             if not torch.stack([loss, S.grad.sum().to(loss), d.grad.sum().to(loss)]).isfinite().all():
-                raise FloatingPointError(f"loss {loss.item()} or its gradient is not finite at step {step + 1}"
-                                         f" of {steps}: lower the learning rate, --lr, now {lr}")
+                raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step "
+                                         f"{step + 1} of {steps}: lower the learning rate, --lr, now {lr}")
             optimizer.step()
             schedule.step()
             if progress:

@@ -1,6 +1,8 @@
-"""Tests of soco.py, rpca.py, eval_ppl.py and common/: `pytest -q`, without a network and with or without a GPU.
+"""Tests of soco.py, rpca.py, eval_ppl.py and common/: `pytest -q`, without a network and with or without a
+GPU.
 
-Every expected value is computed here a second way, by a slower or plainer formula; none was recorded from a run.
+Every expected value is computed here a second way, by a slower or plainer formula; none was recorded from a
+run.
 """
 import contextlib
 import copy
@@ -218,7 +220,8 @@ def cost_of(ranks):
 
 
 def value_of(ranks, worth):
-    """Worth of the best `ranks` components of each matrix, and of all of them where it would be stored dense."""
+    """Worth of the best `ranks` components of each matrix, and of all of them where it would be stored
+    dense."""
     kept = [len(w) if k * (m + n) >= m * n else k for k, w, (m, n) in zip(ranks, worth, CHOICES)]
     return sum(w.sort(descending=True)[0][:k].sum().item() for k, w in zip(kept, worth))
 
@@ -463,7 +466,7 @@ def test_collecting_the_metric_leaves_no_trace(fails):
     model = tiny_gpt2()
     model.transformer.wpe.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    batches = [tokens(2, 16), tokens(1, 65) if fails else tokens(1, 8)]             # 65: one more than it can read
+    batches = [tokens(2, 16), tokens(1, 65) if fails else tokens(1, 8)]  # 65: one more than it can read
     try:
         collect_metric(model, block_layers(model), batches)
         assert not fails
@@ -678,7 +681,7 @@ def test_a_compressed_file_holds_fewer_numbers(tmp_path):
     save(small(tiny_llama), tmp_path / "model")
     before, after = (sum(value.numel() for value in load_file(tmp_path / folder / "model.safetensors").values())
                      for folder in ("dense", "model"))
-    assert before - after + len(matrices) >= 0.5 * sum(matrix(layer).numel() for layer in matrices)     # a marker each
+    assert before - after + len(matrices) >= 0.5 * sum(matrix(layer).numel() for layer in matrices)  # a marker each
 
 
 STRANGER = """
@@ -817,7 +820,7 @@ def test_every_architecture_is_compressed_saved_and_loaded(kind, method, tmp_pat
     model, ids = tiny(kind, **ARCHITECTURES[kind]), tokens(2, 16)
     dense, layers = logits(model, ids), block_layers(model)
     inside = {name for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.\d+\.", name)}
-    assert inside == {name + ".weight" for name in layers}                 # every matrix of the blocks and no other
+    assert inside == {name + ".weight" for name in layers}  # every matrix of the blocks and no other
     with swapped(model, whole_matrices(method, model, ids)):
         torch.testing.assert_close(logits(model, ids), dense, rtol=1e-3, atol=1e-3 * dense.abs().max().item())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -852,7 +855,7 @@ def test_a_shared_block_is_compressed_once_and_stays_shared(method):
     model.transformer.h[1] = model.transformer.h[0]
     method.compress(model, [tokens(2, 16)], 0.4)
     assert model.transformer.h[1] is model.transformer.h[0]
-    assert sum(name.endswith("c_proj") for name, _ in model.named_modules()) == 2      # attention's and the MLP's
+    assert sum(name.endswith("c_proj") for name, _ in model.named_modules()) == 2  # attention's and the MLP's
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -931,7 +934,7 @@ def test_loading_does_not_initialise_c_proj_anew(tmp_path):
     model = tiny_gpt2()
     compress(model, [tokens(2, 16)], 0.05, steps=0)
     kinds = {type(module) for name, module in model.named_modules() if name.endswith("c_proj")}
-    assert Conv1D in kinds                                                 # stored dense: really named c_proj.weight
+    assert Conv1D in kinds  # stored dense: really named c_proj.weight
     save(model, tmp_path / "model")
     torch.manual_seed(1)
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
@@ -1008,7 +1011,7 @@ def test_two_processes_find_what_one_finds(script, more, house, tmp_path):
     assert (one["processes"], two["processes"]) == (1, 2)
     assert [layer["rank"] for layer in one["layers"]] == [layer["rank"] for layer in two["layers"]]
     assert one["kept_params"] == two["kept_params"]
-    for a, b in zip(one["layers"], two["layers"]):                        # entries on the edge of the mask may change sides
+    for a, b in zip(one["layers"], two["layers"]):  # entries on the edge of the mask may change sides
         assert abs(a.get("nonzeros", 0) - b.get("nonzeros", 0)) <= 10
     assert two["ppl"] == pytest.approx(one["ppl"], rel=5e-3)
     a, b = (load(tmp_path / folder) for folder in ("one", "two"))
@@ -1165,7 +1168,8 @@ def house(tmp_path_factory):
 
 @pytest.fixture
 def command(house, capsys, monkeypatch, tmp_path):
-    """Run a script like its command line, but in this process: command(script, arguments) is (code, stdout, stderr)."""
+    """Run a script like its command line, but in this process: command(script, arguments) is (code, stdout,
+    stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def call(script, line):
@@ -1315,7 +1319,7 @@ def test_an_interrupted_run_leaves_nothing(stage, command, monkeypatch, tmp_path
         monkeypatch.setattr(cli, "model_card", lambda *args: signal.raise_signal(signal.SIGINT))
     else:
         backward, calls = torch.Tensor.backward, itertools.count()
-        monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **options:              # two of them are the metric's
+        monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **options:  # two of them are the metric's
                             signal.raise_signal(signal.SIGINT) if next(calls) == 4 else backward(*args, **options))
     code, _, err = command("soco.py", "--steps 10 --out new/folder")
     assert code == 130 and err.count("\n") == 1 and "interrupted" in err
@@ -1422,7 +1426,7 @@ def test_bad_input_is_one_line_and_writes_nothing(line, named, command, house, t
     before = tree(house)
     code, out, err = command("soco.py", line)
     check_refusal(code, err, *[word.format(house=house) for word in named])
-    assert out == ""                                           # no perplexity yet: refused before any long work
+    assert out == ""  # no perplexity yet: refused before any long work
     assert tree(house) == before and tree(tmp_path) == []
 
 
@@ -1456,7 +1460,7 @@ def test_a_ratio_that_leaves_too_little_is_refused(command, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_command(command, monkeypatch, tmp_path):
-    backward, calls = torch.Tensor.backward, itertools.count()                              # two of them are the metric's
+    backward, calls = torch.Tensor.backward, itertools.count()  # two of them are the metric's
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss, *grad: backward(loss * float("nan") if next(calls) == 2 else loss, *grad))
     code, _, err = command("soco.py", "--steps 7")
     check_refusal(code, err, " of 7", "learning rate")
@@ -1713,7 +1717,7 @@ def test_a_nearby_span_only_makes_thresholding_cheaper(m, n, device, monkeypatch
     sigma, sizes, eigh = torch.linalg.svdvals(A), [], torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: sizes.append(gram.shape[-1]) or eigh(gram))
     k = max(min(m, n) // 20, 1)
-    for tau in (1.01 * sigma[:, k].max().item(), 0.5 * sigma.median().item()):       # the planted rank survives; many more do
+    for tau in (1.01 * sigma[:, k].max().item(), 0.5 * sigma.median().item()):  # the planted rank survives; many more do
         exact = rpca.singular_value_threshold(A, tau)
         found = rpca.singular_value_threshold(A, tau, nearby=rpca.leading_range(A))
         error = (product(*found) - product(*exact)).norm() / A.norm()
@@ -1741,7 +1745,7 @@ def test_thresholding_is_the_minimiser_of_its_problem(operator, norm, m, n):
             return tau * norm(X) + (X - A).square().sum() / 2
 
         X = operator(A, tau)
-        for i in range(12):                            # what is minimised is strongly convex: it grows by |D|^2 / 2
+        for i in range(12):  # what is minimised is strongly convex: it grows by |D|^2 / 2
             D = 10.0 ** -(i % 3) * random(m, n, seed=20 + i)
             assert loss(X + D) - loss(X) >= D.square().sum() / 2 - 1e-9
 
@@ -1755,7 +1759,7 @@ def test_score_function_is_the_gradient_of_the_log_probability(device):
     torch.testing.assert_close(rpca.score_function(mask, p.detach()), gradient, rtol=1e-12, atol=0)
 
 
-TWO_ITEMS = torch.tensor([[0.3, 2.0], [1.1, -0.7]], dtype=torch.float64)       # loss of [first kept][second kept]
+TWO_ITEMS = torch.tensor([[0.3, 2.0], [1.1, -0.7]], dtype=torch.float64)  # loss of [first kept][second kept]
 
 
 def gradient_on_two_items(p):
@@ -1843,7 +1847,7 @@ def test_project_gives_the_nearest_point_of_the_budget(budget, spread, device):
         x = torch.cat([part.flatten() for part in x])
         assert x.min() >= 0 and x.max() <= 1
         assert sum(c * part for c, part in zip(costs, x.tolist())) <= budget + 1e-12
-        for corner in corners_of_the_budget(costs, budget):          # x is nearest: no corner lies on the side of q
+        for corner in corners_of_the_budget(costs, budget):  # x is nearest: no corner lies on the side of q
             assert (q - x) @ (torch.tensor(corner, dtype=q.dtype, device=device) - x) <= 1e-9 * (1 + spread)
 
 
@@ -1949,7 +1953,7 @@ def test_refit_ends_at_the_least_squares_of_every_row(m, n, device):
 def test_refit_bears_inputs_that_are_always_zero(inputs):
     T, mask, _ = problem(4, 6)
     S = rpca.refit(T.float(), T.float() * mask, mask, torch.diag(torch.tensor(inputs).float()))
-    torch.testing.assert_close(S, T.float() * mask)                # a diagonal G leaves nothing to make up for
+    torch.testing.assert_close(S, T.float() * mask)  # a diagonal G leaves nothing to make up for
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -2043,7 +2047,7 @@ def dense_weight(layer):
 
 @pytest.mark.parametrize("change", ["dtype", "dtype and back", "step", "state"])
 def test_a_sum_layer_follows_its_values_after_a_forward_pass(change, device):
-    for _ in range(40):                                           # memory that is freed may be given out again
+    for _ in range(40):  # memory that is freed may be given out again
         layer, _, b, _, x = sum_layer(64, 64, 2, True, device)
         with torch.no_grad():
             layer(x)
@@ -2084,7 +2088,7 @@ def test_cap_meets_the_budget_exactly(make, ratio, settings):
     budget = (1 - ratio) * sum(matrix(layer).numel() for layer in dense.values())
     assert all(isinstance(layer, rpca.LowRankPlusSparse) for layer in new)
     assert stored <= budget
-    assert budget - stored < (len(new) + 1 if settings.get("keep") else 1)       # rounded down, matrix by matrix or once
+    assert budget - stored < (len(new) + 1 if settings.get("keep") else 1)  # rounded down, matrix by matrix or once
     for layer in new:
         m, n = layer.shape
         k = len(layer.down.weight) if layer.up else 0
@@ -2205,7 +2209,7 @@ def test_refitting_and_rounds_lower_the_predicted_loss(make, rank_share):
     masked, once, rounds = (cap(make, batches=batches, metrics=metrics, rank_share=rank_share, **settings)
                             for settings in ({"rounds": 1, "refitted": False}, {"rounds": 1}, {"rounds": 8}))
     losses = [predicted_loss(model, metrics, compressed) for compressed in (masked, once)]
-    for name, layer in block_layers(model).items():                # the best values there are on the mask of one round
+    for name, layer in block_layers(model).items():  # the best values there are on the mask of one round
         new = once.get_submodule(name)
         low = new.up.weight.detach() @ new.down.weight.detach() if new.up else 0
         S, mask = new.sparse().detach(), new.sparse() != 0

@@ -1,17 +1,21 @@
-"""Published baselines for rpca.py, as short as they go, on one matrix at a time: magnitude, Wanda, SparseGPT, OATS.
+"""Published baselines on one matrix at a time, as short as they go: SparseGPT, OATS, and magnitude and Wanda of rpca.py.
 
-All see what CAP sees: the dense weight W [m, n] and G [n, n], the Gram matrix of the dense model's own inputs (the papers
-feed each block the outputs of the already pruned blocks; here all matrices share one pass over the dense model).
+All see what CAP sees: the dense weight W [m, n] and G [n, n], the Gram matrix of the dense model's own inputs (the
+papers feed each block the outputs of the already pruned blocks; here all share one pass over the dense model).
 """
 import torch
 
-from common.layers import dense_like, matrix
+from rpca import magnitude, wanda
+from soco import dense_like, matrix
 
 
-def prune_all(prune, layers, metrics, ratio):
-    """{layer: dense layer} of prune(W, G, ratio) for every one of `layers` {name: layer}."""
-    return {layer: dense_like(layer, prune(W := matrix(layer).float(), metrics[name].G.to(W.device), ratio), layer.bias)
-            for name, layer in layers.items()}
+def prune_all(prune, drafts, ratio):
+    """{layer: dense layer} of prune(W, G, ratio), from the layer and the Gram matrix of every rpca.Draft."""
+    pruned = {}
+    for draft in drafts:
+        W = matrix(draft.layer).float()
+        pruned[draft.layer] = dense_like(draft.layer, prune(W, draft.G.to(W.device), ratio), draft.layer.bias)
+    return pruned
 
 
 def share(ratio, count):
@@ -19,22 +23,9 @@ def share(ratio, count):
     return int((1 - ratio) * count + 1e-6)
 
 
-def magnitude(W, G, ratio):
-    """The largest entries of a matrix, (1 - ratio) of them."""
-    flat = W.flatten()
-    top = flat.abs().topk(share(ratio, len(flat))).indices
-    return torch.zeros_like(flat).scatter(0, top, flat[top]).view_as(W)
-
-
-def wanda(W, G, ratio):
-    """Wanda (Sun et al. 2024, arXiv 2306.11695): in every row, the largest |W| D; D [n] is the inputs' root mean square."""
-    top = (W.abs() * G.diagonal().sqrt()).topk(share(ratio, W.shape[1]), dim=1).indices
-    return torch.zeros_like(W).scatter(1, top, W.gather(1, top))
-
-
 def sparsegpt(W, G, ratio, damping=0.01, block=128):
-    """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1): prune W [m, n] column by column,
-    each time pushing the error on to the columns not yet reached. G [n, n]: Gram matrix of the inputs."""
+    """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1): prune W column by column, each time pushing
+    the error on to the columns not yet reached."""
     W, G = W.clone(), G.clone()
     dead = G.diagonal() == 0
     G[dead, dead] = 1
@@ -45,8 +36,7 @@ def sparsegpt(W, G, ratio, damping=0.01, block=128):
         stop = min(start + block, W.shape[1])
         error = torch.zeros_like(W[:, start:stop])
         saliency = W[:, start:stop].square() / H.diagonal()[start:stop].square()
-        threshold = saliency.flatten().kthvalue(max(round(ratio * saliency.numel()), 1)).values
-        drop = saliency <= threshold
+        drop = saliency <= saliency.flatten().kthvalue(max(round(ratio * saliency.numel()), 1)).values
         for j in range(start, stop):
             kept = W[:, j].masked_fill(drop[:, j - start], 0)
             error[:, j - start] = (W[:, j] - kept) / H[j, j]
@@ -59,13 +49,12 @@ def sparsegpt(W, G, ratio, damping=0.01, block=128):
 def oats(W, G, ratio, rank_share=0.25, rounds=80):
     """OATS (Zhang & Papyan 2025, arXiv 2409.13652): alternate a truncated SVD and a row-wise hard threshold on W D.
 
-    D [n] is the inputs' root mean square. rank_share: the part of the kept numbers that the low-rank part gets.
-    The truncated SVD is one step of subspace iteration a round, started from the round before.
+    D [n] is the inputs' root mean square. rank_share: of the parameters kept, for the low-rank part. The truncated
+    SVD is one step of subspace iteration a round, started from the round before.
     """
     (m, n), D = W.shape, G.diagonal().sqrt()
     A = W * D
-    rank = int(rank_share * share(ratio, m * n) / (m + n))
-    per_row = share(ratio + rank_share * (1 - ratio), n)
+    rank, per_row = int(rank_share * share(ratio, m * n) / (m + n)), share(ratio + rank_share * (1 - ratio), n)
     S, V = torch.zeros_like(A), torch.linalg.svd(A, full_matrices=False)[2][:rank].T
     for _ in range(rounds):
         U = torch.linalg.qr((A - S) @ V)[0]
