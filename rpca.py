@@ -129,8 +129,7 @@ def singular_value_threshold(A, tau, nearby=None):
 # `p` and `masks` are lists of tensors, one number an item; `cost` lists what an item of each tensor costs.
 
 def project(p, cost, budget):
-    """The nearest probabilities with expected cost at most `budget`: clamp(p - tau cost, 0, 1), tau by
-    bisection."""
+    """The nearest probabilities of expected cost at most `budget`: clamp(p - tau cost, 0, 1), by bisection."""
     def moved(tau):
         return [(q - tau * c).clamp(0, 1) for q, c in zip(p, cost)]
 
@@ -171,8 +170,7 @@ def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generato
 
 
 def keep_most_probable(p, cost, budget):
-    """Boolean masks of the items taken greedily: most probable first, every one that still fits in the
-    budget."""
+    """Boolean masks of the items taken greedily: most probable first, every one that still fits."""
     flat = torch.cat([q.flatten().float() for q in p])
     each = torch.cat([torch.full((q.numel(),), c, device=q.device) for q, c in zip(p, cost)])
     order = flat.argsort(descending=True, stable=True)
@@ -243,8 +241,7 @@ class LowRankPlusSparse(nn.Module):
     [m, n].
 
     In memory S is dense, zeros and all, as large and as fast as the dense weight. A file holds its nonzero
-    `values` and a `mask` of 1 bit an entry, which `unpack` turns into S. `weight` is a marker, as in
-    LowRankLinear.
+    `values` and a `mask` of 1 bit an entry, which `unpack` turns into S. `weight`: as in LowRankLinear.
     """
 
     def __init__(self, n, m, rank, nonzeros, bias=True, **where):
@@ -354,8 +351,7 @@ class Draft(nn.Module):
 
 def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=5, scale=True,
              refitted=True, keep=None, seed=0, progress=False):
-    """Compress a causal language model in place, and return it, with `ratio` of its block weights' parameters
-    removed.
+    """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
     batches: token ids [batch, length], an iterable. estimator: "metric" or "policy" (the paper's).
     rank_share: of the parameters that each matrix may keep, for its L ("metric"). rounds: of pruning and
@@ -389,8 +385,7 @@ def check(layers, batches, ratio, estimator, rank_share, rounds):
 
 def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *measured: None):
     """A Draft of each of `layers` {name: layer}; visit(layer, metric) sees each metric. Of the Gram matrices,
-    those stay on the devices that take no more than half of what is free there, and the others go to main
-    memory."""
+    those that take half of what is free stay on the devices, and the others go to main memory."""
     room = min(free_memory(layer.weight.device) for layer in layers.values()) // 2
     tokens, prices, drafts, latest = sum(ids.numel() for ids in batches), {}, [], (None, None)
 
@@ -465,8 +460,7 @@ def keep_worthiest(drafts, count):
 
 
 def refit_all(drafts):
-    """`refit` of every S on its entries; a G in main memory is moved once, for all the neighbours that share
-    it."""
+    """`refit` of every S on its entries; a G in main memory is moved once for the neighbours that share it."""
     latest = None, None
     for draft in drafts:
         if draft.G is not latest[0]:
@@ -496,8 +490,7 @@ def budget_for(drafts, ratio):
 
 def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress):
     """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient,
-    from a start at worth / (worth + cost * mean worth), projected on the budget: what the metric would
-    say."""
+    from a start at worth / (worth + cost * mean worth), projected on the budget."""
     budget, device, splits, worths, cost = budget_for(drafts, ratio), drafts[0].rows.device, [], [], []
     for draft in bar(drafts, progress, desc="robust PCA", unit="matrix"):
         split = rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4]

@@ -49,8 +49,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 # ---- the mathematics ----------------------------------------------------------------------------
 
 def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
-    """Singular value decomposition in a metric: U [m, r], sigma [r], falling, V [r, n] with W = U diag(sigma)
-    V.
+    """Singular value decomposition in a metric: W = U diag(sigma) V, U [m, r], sigma [r], falling, V [r, n].
 
     G [n, n] = E[x x^T] = L L^T of the layer's inputs, R [m, m] = E[g g^T] = C C^T of the loss's gradients at
     its outputs; None is the identity. Replacing W by W' adds |C^T (W - W') L|_F^2 to the loss, to second
@@ -65,7 +64,7 @@ def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
     A = A if C is None else C.T @ A
     if wide := A.shape[0] <= A.shape[1]:
         A = A.T
-    Q = torch.linalg.eigh(A.T @ A)[1].flip(1)  # right singular vectors [*, r], falling sigma
+    Q = torch.linalg.eigh(A.T @ A)[1].flip(1)                         # right singular vectors, falling sigma
     AQ = A @ Q                                                        # U diag(sigma): A = (A Q) Q^T exactly
     sigma = AQ.norm(dim=0)
     AQ = AQ / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
@@ -76,8 +75,7 @@ def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
 
 
 def cholesky(M, damping):
-    """Lower triangular factor, in float64, of M [k, k] with `damping` times the mean of its diagonal added to
-    that."""
+    """Lower triangular factor of M [k, k], plus `damping` times its mean diagonal on the diagonal; float64."""
     M = M.to(torch.float64, copy=True)
     M.diagonal().add_(damping * M.diagonal().mean().clamp_min(1e-30))
     return torch.linalg.cholesky(M)
@@ -127,11 +125,9 @@ def choose(worth, m, n, budget, group=8):
 
 
 class KLDivergence(torch.autograd.Function):
-    """Mean over tokens of KL(teacher || student) in nats, from logits [batch, length, vocab]; float32, row by
-    row.
+    """Mean over tokens of KL(teacher || student) in nats, from logits [batch, length, vocab]; in float32.
 
-    Its gradient with respect to the student's logits is softmax(student) - softmax(teacher), known with the
-    value.
+    Its gradient for the student's logits, softmax(student) - softmax(teacher), is known with the value.
     """
 
     @staticmethod
@@ -154,14 +150,12 @@ class KLDivergence(torch.autograd.Function):
 # ---- the layers ---------------------------------------------------------------------------------
 
 class ScoredLinear(nn.Module):
-    """A layer while it learns: y = U (S * sigma * kept) V x + d + b, all frozen but the scores S [r] and d
-    [m].
+    """A layer while it learns: y = U (S * sigma * kept) V x + d + b, all frozen but scores S [r] and d [m].
 
     sigma [r] is split between the buffers U [m, r] and V [r, n]. A component with kept [r] = 0 adds nothing
     to y, yet its score receives the gradient it would have if it did (straight through), so that it can grow
     and come back. price [r]: predicted loss of dropping a component of score 1, at first sigma^2. d is in
-    units of offset_scale. `layer` is the dense Linear or Conv1D it stands for; with `teacher` set, that one
-    answers.
+    units of offset_scale. `layer` is the dense layer it stands for; with `teacher` set, that one answers.
     """
 
     def __init__(self, layer, U, sigma, V, offset_scale=1.0):
@@ -186,8 +180,7 @@ class ScoredLinear(nn.Module):
         return d if self.layer.bias is None else d + self.layer.bias.to(d.device)
 
     def finish(self):
-        """The layer to store: LowRankLinear of the kept components, or a dense layer where that costs no
-        more."""
+        """The layer to store: LowRankLinear of the kept components, or dense where that costs no more."""
         kept, S = self.kept.nonzero()[:, 0].to(self.U.device), self.S.detach().to(self.U.device)
         U, V = self.U[:, kept].float() * S[kept], self.V[kept]
         bias = None if self.layer.bias is None and not self.d.any() else self.bias().detach()
@@ -215,8 +208,7 @@ class LowRankLinear(nn.Module):
 
 
 def low_rank(U, V, bias, like):
-    """LowRankLinear of U [m, k], V [k, n] and a bias [m] or None, in the dtype and on the device of
-    `like`."""
+    """LowRankLinear of U [m, k], V [k, n] and a bias [m] or None; dtype and device are those of `like`."""
     new = LowRankLinear(V.shape[1], *U.shape, bias is not None, device=like.device, dtype=like.dtype)
     state = {"up.weight": U, "down.weight": V, "weight": new.weight}
     new.load_state_dict(state | ({} if bias is None else {"up.bias": bias}))
@@ -230,8 +222,7 @@ class CannotCompress(ValueError):
 
 
 def block_layers(model):
-    """{name: layer} of every nn.Linear and Conv1D that stands inside the model's repeated blocks (its
-    ModuleLists).
+    """{name: layer} of every nn.Linear and Conv1D inside the model's repeated blocks (its ModuleLists).
 
     Raises CannotCompress for a model without any, for one that is quantized, compressed or not in memory, and
     for one with experts in 3-D parameters.
@@ -262,8 +253,7 @@ def block_prefixes(model):
 
 
 def untouched(model, layers):
-    """(name, shape, reason) of every weight of two or more dimensions that is in none of `layers` {name:
-    layer}."""
+    """(name, shape, reason) of every weight of two or more dimensions that is in none of `layers`."""
     inside = block_prefixes(model)
     chosen = {id(p) for layer in layers.values() for p in layer.parameters()}
     reason = {True: "not a Linear or Conv1D", False: "outside the repeated blocks"}
@@ -309,8 +299,7 @@ def swapped(model, new_of):
 
 @contextlib.contextmanager
 def frozen(model, checkpointing=False):
-    """Inside the with block a model runs without dropout, and only parameters switched on there get
-    gradients.
+    """Inside the with block a model runs without dropout, and only what is switched on there gets gradients.
 
     checkpointing: whether blocks on which gradient checkpointing was enabled use it there.
     """
@@ -343,8 +332,7 @@ def input_device(model):
 # ---- several processes: each holds the whole model and reads its own rows of every batch ----------
 
 def process():
-    """(rank, number) of the processes that torchrun started and `join` brought together; (0, 1) for one
-    alone."""
+    """(rank, number) of the processes that torchrun started; (0, 1) for one alone."""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
@@ -375,7 +363,7 @@ def bar(items, progress, **words):
 
 class Metric(NamedTuple):
     G: torch.Tensor      # E[x x^T] [n, n] float32, of the layer's inputs x at a token
-    R: torch.Tensor  # E[g g^T] [m, m] float32, of the gradients g there of all losses, its own and later ones
+    R: torch.Tensor      # E[g g^T] [m, m] float32, of the gradients g there of its own and all later losses
 
 
 def observe(model, layers, batches, see, progress=False, desc="metric"):
@@ -396,7 +384,7 @@ def observe(model, layers, batches, see, progress=False, desc="metric"):
     if model.dtype in (torch.bfloat16, torch.float16):
         torch.set_float32_matmul_precision("high")                    # TF32 holds products of these exactly
     try:
-        with torch.enable_grad(), frozen(model):  # gradients of the outputs are all that is asked for
+        with torch.enable_grad(), frozen(model):                      # gradients of outputs only
             for ids in bar(batches, progress, desc=desc, unit="batch"):
                 logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1)
                 p = logits.detach().softmax(-1, dtype=torch.float32)
@@ -430,7 +418,7 @@ def collect_metric(model, layers, batches, progress=False, also=lambda name, x, 
 
     def see(name, x, g):
         also(name, x, g)
-        address = x.device, x.data_ptr(), x.shape  # q, k and v read one tensor: one G for all
+        address = x.device, x.data_ptr(), x.shape                     # q, k and v read one tensor
         if latest.get("address") != address:
             latest.update(address=address, name=name, x=x)            # held: no other takes its memory
             add_gram(G, name, x)
@@ -459,8 +447,7 @@ def measured(model, layers, batches, progress=False, room=None, also=lambda name
     """(name, layer, Metric) of `layers` {name: layer}, one after the other.
 
     Collected in groups of blocks whose sums fit in `room` bytes (default: a third of what is free on the
-    device that has least), one pass over `batches` a group; a group's sums are let go before the next is
-    collected.
+    device that has least), one pass over `batches` a group; its sums are let go before the next begins.
     """
     if room is None:
         room = min(free_memory(device) for device in {layer.weight.device for layer in layers.values()}) // 3
@@ -489,8 +476,7 @@ def set_prices(model, scored, batches, progress=False):
     """Set the price [r] of each of `scored` {dense layer: ScoredLinear} to the Fisher information of its
     scores, F_i = E[(dL/dS_i)^2] = E[(g . u_i sigma_i)^2 (v_i . x)^2], token by token, for the dense model.
 
-    sigma_i^2 is this only where a token's input and its gradient are independent; attention sinks are the
-    opposite.
+    sigma_i^2 is this only where a token's input and gradient are independent; attention sinks are the opposite.
     """
     layers = {name: layer for name, layer in model.named_modules() if layer in scored}
     for student in scored.values():
@@ -510,14 +496,13 @@ def set_prices(model, scored, batches, progress=False):
 BASES = ("plain", "whitened", "two-sided")
 LR = 0.02        # of the scores; the random part of Adam's steps costs about lr^2 sum(price) nats each
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
-POOL = 1.3  # components that a budget this much larger would not keep are dropped for good in stages 1 and 2
+POOL = 1.3       # what a budget this much larger would not keep is dropped for good in stages 1 and 2
 STAGES = (0.5, 0.1, 0.4)     # the parts of a run that descend, swing and polarise
 
 
 def compress(model, batches, ratio=0.5, steps=200, *, basis="two-sided", lr=LR, deviation=True, stages=STAGES,
              group=8, metric_batches=16, progress=False):
-    """Compress a causal language model in place, and return it, with `ratio` of its block weights' parameters
-    removed.
+    """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
     batches: token ids [batch, length], an iterable; repeated when `steps` need more; the metric is measured
     on the first `metric_batches`. steps=0 chooses without learning. basis: of the decomposition. group: ranks
@@ -560,8 +545,7 @@ def budget_for(layers, ratio, deviation):
 
 
 def scored_layers(model, layers, batches, basis="two-sided", progress=False, visit=lambda layer, metric: 0):
-    """{layer: ScoredLinear}, all kept, of score 1, for `layers` {name: layer}; visit(layer, metric) sees each
-    metric."""
+    """{layer: ScoredLinear}, all kept, of score 1, for `layers` {name: layer}; `visit` sees each metric."""
     scored, each = {}, measured(model, layers, batches, progress)
     for name, layer, metric in bar(each, progress, total=len(layers), desc="decompose", unit="matrix"):
         visit(layer, metric)
@@ -579,8 +563,7 @@ def decompose(layer, metric, basis):
 
 
 def truncated(layer, U, sigma, V, ratio):
-    """LowRankLinear of the first components, as many as `ratio` leaves of this matrix: a baseline without any
-    choice."""
+    """LowRankLinear of the first components, as many as `ratio` leaves of this matrix: a baseline."""
     k = max(int((1 - ratio) * len(U) * V.shape[1] / (len(U) + V.shape[1])), 1)
     half = sigma[:k].sqrt()
     return low_rank(U[:, :k] * half, half[:, None] * V[:k], layer.bias, like=layer.weight)
@@ -647,8 +630,7 @@ class Spectrum:
 
 
 def stage_and_target(step, steps, stages, start, budget):
-    """The stage a step belongs to, and the budget of parameters that its mask is chosen for, from `start`
-    on."""
+    """The stage a step belongs to, and the budget of parameters that its mask is chosen for."""
     done, (descend, swing, _) = (step + 1) / steps, stages
     if done <= descend:
         return "descend", budget + (start - budget) * (1 - done / descend) ** 3
@@ -701,8 +683,7 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True
 
 @torch.no_grad()
 def teacher(model, layers, ids):
-    """Logits of the dense layers: the compressed model is its own teacher, and shares everything else with
-    it."""
+    """Logits of the dense layers: the compressed model is its own teacher, and shares all else with it."""
     for layer in layers:
         layer.teacher = True
     logits = model(input_ids=ids, use_cache=False).logits
@@ -713,29 +694,26 @@ def teacher(model, layers, ids):
 
 # ---- the saved folder: an ordinary transformers folder, and the module that puts its layers in place ----
 
-FORMAT = 3
 KINDS = {"LowRankLinear": LowRankLinear}         # of layers; rpca.py adds its own,
-PACKERS = {}  # and how its S, dense in memory, is stored: {kind: S -> {name: tensor}}
+PACKERS = {}                                     # and how its S is stored: {kind: S -> {name: tensor}}
 
 
 def install(model, method, layers, new):
-    """Put new[layer] in place of each of `layers` {name: layer}, and write what it became into the model's
-    config."""
+    """Put new[layer] in place of each of `layers` {name: layer}; model.config says what each became."""
     swap(model, new)
     specs = {}
     for name, layer in layers.items():
         kind = type(new[layer]).__name__
         dense = {"kind": "dense", "bias": new[layer].bias is not None} if kind not in KINDS else None
         specs[name] = dense or {"kind": kind, **new[layer].spec}
-    model.config.compressed = {"method": method, "format": FORMAT, "layers": specs}
+    model.config.compressed = {"method": method, "layers": specs}
     if not isinstance(model, SavesItself):
         model.__class__ = compressed_class(type(model))
     return model
 
 
 class SavesItself:
-    """What a compressed model has over its dense class: save_pretrained writes a folder that loads
-    anywhere."""
+    """What a compressed model adds to its dense class: save_pretrained writes a folder that loads anywhere."""
 
     def save_pretrained(self, folder, state_dict=None, **options):
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
@@ -749,8 +727,7 @@ class SavesItself:
 
 
 def write_loader(folder):
-    """Make a folder that save_pretrained wrote one of a compressed model: config.json, and the module that
-    reads it."""
+    """Give a folder that save_pretrained wrote the config.json of a compressed model, and compressed.py."""
     stored = json.loads((folder / "config.json").read_text())
     kinds = {spec["kind"] for spec in stored["compressed"]["layers"].values()} & set(KINDS)
     stored["compressed"]["dense"], stored["model_type"] = stored["model_type"], CompressedConfig.model_type
@@ -793,8 +770,7 @@ def compressed_class(dense):
 
 
 def replace_layers(model, specs):
-    """Put the layers that specs {name: {"kind": ..., ...}} describe, without values, in place of the
-    dense."""
+    """Put layers as specs {name: {"kind": ..., ...}} has them, without values, in place of the dense ones."""
     layers, new = dict(model.named_modules()), {}
     for name, spec in specs.items():
         layer, (m, n), spec = layers[name], layers[name].weight.shape, dict(spec)
@@ -819,8 +795,7 @@ class CompressedConfig(PreTrainedConfig):
 
 
 class CompressedForCausalLM(PreTrainedModel):
-    """What AutoModelForCausalLM calls for a compressed folder: loads all that was saved, or raises
-    ValueError."""
+    """What AutoModelForCausalLM calls for a compressed folder: loads what was saved, or raises ValueError."""
     config_class = CompressedConfig
 
     @classmethod
@@ -860,36 +835,37 @@ def reserved(folder, new=False):
     if new and os.path.lexists(folder):
         raise FileExistsError(folder)
     missing = [parent for parent in [folder, *folder.parents] if not os.path.lexists(parent)]
-    try:
-        if folder.is_symlink() or os.path.ismount(folder):
-            raise OSError(None, "it is a link or a mount point")
-        str(folder).encode("utf-8")
-        for parent in reversed(missing):
-            parent.mkdir(exist_ok=parent != folder)
-        if any(folder.iterdir()):
-            raise OSError(None, "it is not empty")
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        beside = tempfile.TemporaryDirectory(prefix=".compressed-", dir=folder.parent)
-    except (OSError, UnicodeEncodeError) as error:
-        if new and isinstance(error, FileExistsError):
-            raise
-        why = getattr(error, "strerror", "its name is not UTF-8")
-        why = "another run is writing it" if isinstance(error, BlockingIOError) else why
-        raise CannotCompress(f"cannot write {str(folder)!r}: {why}; give a new or an empty folder") from error
-    try:
-        with beside as fresh:
-            yield Path(fresh, folder.name), folder
-    finally:
-        os.close(lock)
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()                                          # only if it is empty
+    with contextlib.ExitStack() as undo:
+        try:
+            if folder.is_symlink() or os.path.ismount(folder):
+                raise OSError(None, "it is a link or a mount point")
+            str(folder).encode("utf-8")
+            for parent in reversed(missing):
+                parent.mkdir(exist_ok=parent != folder)
+                undo.callback(remove_if_empty, parent)
+            if any(folder.iterdir()):
+                raise OSError(None, "it is not empty")
+            lock = os.open(folder, os.O_RDONLY)
+            undo.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fresh = undo.enter_context(tempfile.TemporaryDirectory(prefix=".compressed-", dir=folder.parent))
+        except (OSError, UnicodeEncodeError) as error:
+            if new and isinstance(error, FileExistsError):
+                raise
+            why = getattr(error, "strerror", "its name is not UTF-8")
+            why = "another run is writing it" if isinstance(error, BlockingIOError) else why
+            why = f"cannot write {str(folder)!r}: {why}; give a new or an empty folder"
+            raise CannotCompress(why) from error
+        yield Path(fresh, folder.name), folder
+
+
+def remove_if_empty(folder):
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def publish(model, place, extra=None):
-    """Save a compressed model to a `place` that `reserved` gave; extra(folder) adds files. All of it appears
-    in one rename."""
+    """Save a compressed model to a `place` from `reserved`, in one rename; extra(folder) adds files."""
     from safetensors import SafetensorError
     fresh, folder = place
     try:
@@ -911,8 +887,7 @@ def save(model, folder):
 
 
 def load(folder, **options):
-    """The compressed model in a folder; options as for transformers' from_pretrained (dtype, device_map,
-    ...).
+    """The compressed model in a folder; options as for from_pretrained: dtype, device_map, ...
 
     Only safetensors is read. Raises ValueError where the folder is not what was saved.
     """
