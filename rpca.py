@@ -129,7 +129,7 @@ def singular_value_threshold(A, tau, nearby=None):
 # `p` and `masks` are lists of tensors, one number an item; `cost` lists what an item of each tensor costs.
 
 def project(p, cost, budget):
-    """The nearest probabilities of expected cost at most `budget`: clamp(p - tau cost, 0, 1), by bisection."""
+    """Nearest probabilities of expected cost at most `budget`: clamp(p - tau cost, 0, 1), by bisection."""
     def moved(tau):
         return [(q - tau * c).clamp(0, 1) for q, c in zip(p, cost)]
 
@@ -240,8 +240,8 @@ class LowRankPlusSparse(nn.Module):
     """y = up(down(x)) + S x + b in place of a dense [m, n] layer: two nn.Linear (none for rank 0), sparse S
     [m, n].
 
-    In memory S is dense, zeros and all, as large and as fast as the dense weight. A file holds its nonzero
-    `values` and a `mask` of 1 bit an entry, which `unpack` turns into S. `weight`: as in LowRankLinear.
+    In memory S is dense, as large and as fast as the dense weight. A file holds its nonzero `values` and a `mask`
+    of 1 bit an entry, which `unpack` turns into S. `weight` is a marker, as in LowRankLinear.
     """
 
     def __init__(self, n, m, rank, nonzeros, bias=True, **where):
@@ -460,7 +460,7 @@ def keep_worthiest(drafts, count):
 
 
 def refit_all(drafts):
-    """`refit` of every S on its entries; a G in main memory is moved once for the neighbours that share it."""
+    """`refit` of every S on its entries; a G in main memory moves once for all that share it."""
     latest = None, None
     for draft in drafts:
         if draft.G is not latest[0]:

@@ -75,7 +75,7 @@ def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
 
 
 def cholesky(M, damping):
-    """Lower triangular factor of M [k, k], plus `damping` times its mean diagonal on the diagonal; float64."""
+    """Lower triangular factor of M [k, k], `damping` times its mean diagonal added there; in float64."""
     M = M.to(torch.float64, copy=True)
     M.diagonal().add_(damping * M.diagonal().mean().clamp_min(1e-30))
     return torch.linalg.cholesky(M)
@@ -476,7 +476,7 @@ def set_prices(model, scored, batches, progress=False):
     """Set the price [r] of each of `scored` {dense layer: ScoredLinear} to the Fisher information of its
     scores, F_i = E[(dL/dS_i)^2] = E[(g . u_i sigma_i)^2 (v_i . x)^2], token by token, for the dense model.
 
-    sigma_i^2 is this only where a token's input and gradient are independent; attention sinks are the opposite.
+    sigma_i^2 is this only where a token's input and gradient are independent; attention sinks are the reverse.
     """
     layers = {name: layer for name, layer in model.named_modules() if layer in scored}
     for student in scored.values():
@@ -713,7 +713,7 @@ def install(model, method, layers, new):
 
 
 class SavesItself:
-    """What a compressed model adds to its dense class: save_pretrained writes a folder that loads anywhere."""
+    """What a compressed model adds to its dense class: save_pretrained writes what loads anywhere."""
 
     def save_pretrained(self, folder, state_dict=None, **options):
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
