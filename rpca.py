@@ -237,11 +237,10 @@ def alternate(Q, V, kept, rounds=3):
 # ---- the layer ----------------------------------------------------------------------------------
 
 class LowRankPlusSparse(nn.Module):
-    """y = up(down(x)) + S x + b in place of a dense [m, n] layer: two nn.Linear (none for rank 0), sparse S
-    [m, n].
+    """y = up(down(x)) + S x + b, S [m, n] sparse, up and down absent at rank 0: in place of a dense layer.
 
-    In memory S is dense, as large and as fast as the dense weight. A file holds its nonzero `values` and a `mask`
-    of 1 bit an entry, which `unpack` turns into S. `weight` is a marker, as in LowRankLinear.
+    In memory S is dense, as large and as fast as the dense weight. A file holds its nonzero `values` and a
+    `mask` of 1 bit an entry, which `unpack` turns into S. `weight` is a marker, as in LowRankLinear.
     """
 
     def __init__(self, n, m, rank, nonzeros, bias=True, **where):

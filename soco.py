@@ -476,7 +476,7 @@ def set_prices(model, scored, batches, progress=False):
     """Set the price [r] of each of `scored` {dense layer: ScoredLinear} to the Fisher information of its
     scores, F_i = E[(dL/dS_i)^2] = E[(g . u_i sigma_i)^2 (v_i . x)^2], token by token, for the dense model.
 
-    sigma_i^2 is this only where a token's input and gradient are independent; attention sinks are the reverse.
+    sigma_i^2 is this only where a token's input and gradient are independent; attention sinks are not.
     """
     layers = {name: layer for name, layer in model.named_modules() if layer in scored}
     for student in scored.values():
@@ -804,8 +804,8 @@ class CompressedForCausalLM(PreTrainedModel):
         stored, _ = PreTrainedConfig.get_config_dict(folder, **hub)
         index = Path(folder, "model.safetensors.index.json")
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
-        outside = [name for name in shards if Path(name).name != name or Path(name).suffix != ".safetensors"]
-        if outside or stored.get("digest") != digest(stored):
+        own = all(Path(name).name == name and Path(name).suffix == ".safetensors" for name in shards)
+        if not own or stored.get("digest") != digest(stored):
             raise ValueError(f"{folder}: config.json or the index of its weights is not what was saved")
         dense = AutoConfig.for_model(**{**stored, "model_type": stored["compressed"]["dense"]})
         del dense.auto_map, dense.digest
