@@ -613,8 +613,8 @@ class Spectrum:
 
     def shrink(self, budget, optimizer):
         """Drop for good what would not be kept within `budget`, if that is a tenth of what is there."""
-        keep, sides = self.choice(budget), (self.m + self.n).tolist()
-        ranks = keep.sum(1).tolist()
+        keep = self.choice(budget)
+        ranks, sides = keep.sum(1).tolist(), [len(layer.U) + layer.V.shape[1] for layer in self.layers]
         if sum(map(operator.mul, ranks, sides)) > 0.9 * sum(map(operator.mul, self.ranks, sides)):
             return
         order = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)
@@ -1038,11 +1038,11 @@ class Report:
                          "stride": args.eval_stride, "tokens": tokens, "dtype": dtype}
             say(f"settings: {listed(vars(args))}")
             say(f"perplexity: {listed(self.eval)}, device {self.model.device}")
-            say(f"{'':38} {'perplexity':>12} {'gap':>9} {'parameters':>14} {'MB':>10}")
+            say(f"{'':40} {'perplexity':>12} {'gap':>9} {'parameters':>14} {'MB':>10}")
         gap = nll - self.dense_nll
         self.rows[key, ratio] = {"label": label, "ppl": ppl, "nll": nll, "kept": kept, "gap": gap}
         label = label if ratio is None or len(args.ratio) == 1 else f"{ratio:g}: {label}"
-        say(f"{label:38} {ppl:12.2f} {gap:9.4f} {kept:14,} {size / 1e6:10.1f}")
+        say(f"{label:40} {ppl:12.2f} {gap:9.4f} {kept:14,} {size / 1e6:10.1f}")
 
     def write(self, place, ratio, tokenizer):
         """Save the compressed model with its tokenizer, metrics.json and model card; print where, and what it
@@ -1197,12 +1197,13 @@ def main():
         for (basis, ratio), new in baselines.items():
             key = {"plain": "svd", "whitened": "svd_whitened"}[basis]
             report.score(key, f"{basis} SVD, same share", ratio, new)
-        if not args.no_baselines:
-            for ratio in args.ratio:
-                spectrum.keep_best(budget_for(layers, ratio, deviation=False))
-                label = f"{args.basis} SVD, global choice"
-                report.score("svd_global", label, ratio, finished(scored))
         baselines.clear()
+        for ratio in () if args.no_baselines else args.ratio:
+            new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
+                   for layer, student in scored.items()}
+            report.score("svd_kfac", f"{args.basis} SVD (KFAC-SVD), same share", ratio, new)
+            spectrum.keep_best(budget_for(layers, ratio, deviation=False))
+            report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
         kept = None
         for ratio in args.ratio:  # each goes on where the one before has ended

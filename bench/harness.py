@@ -1,10 +1,10 @@
 """The same text scored twice, by the EleutherAI evaluation harness (`pip install lm_eval`) and by eval_ppl.py.
 
-    python bench/harness.py --model out/FOLDER                       # a compressed folder, or any other model
-    python bench/harness.py --model out/FOLDER --tasks arc_easy hellaswag piqa       # from the hub: accuracies
+    python bench/harness.py --model out/FOLDER                                   # compressed or dense
+    python bench/harness.py --model out/FOLDER --tasks arc_easy hellaswag piqa   # accuracies; needs the hub
 
-The harness's rolling log-likelihood scores every token once, in windows of L tokens that begin with one token of
-context: eval_ppl.py's sliding window of L + 1 tokens with stride L, over the text after the harness's prefix token.
+The harness scores every token once, in windows of L tokens after one token of context: that is eval_ppl.py's
+sliding window of L + 1 tokens with stride L, over the text after the harness's prefix token.
 """
 import json
 import math
@@ -14,49 +14,40 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import eval_ppl
+from eval_ppl import (Parser, UserError, add_model_flags, default_text, encode, load_model, load_text, perplexity,
+                      pick_device, pick_dtype, run)
 
-
-def text_of(args, tokenizer):
-    """The beginning of a text, whole windows; by default of the text that the folder was scored on."""
-    metrics = Path(args.model, "metrics.json")
-    scored_on = json.loads(metrics.read_text())["eval"]["data"] if metrics.is_file() else None
-    text = eval_ppl.load_text(args.eval or scored_on or eval_ppl.default_text(args.model), "test")
-    words = text[:20 * args.seqlen * args.blocks].split(" ")
-    while len(ids := eval_ppl.encode(tokenizer, " ".join(words))) > args.seqlen * args.blocks or len(ids) % args.seqlen:
-        words = words[:-max((len(ids) - args.seqlen * args.blocks) // 3, 1)]
-    return " ".join(words), ids
+LENGTH, WINDOWS = 128, 16
 
 
 def main():
-    parser = eval_ppl.Parser(__doc__)
-    eval_ppl.add_model_flags(parser)
+    parser = Parser(__doc__)
+    add_model_flags(parser)
     parser.add_argument("--eval", help="text to score, its test split (default: what the folder was scored on)")
-    parser.add_argument("--seqlen", type=eval_ppl.whole(8), default=128, help="tokens a window")
-    parser.add_argument("--blocks", type=eval_ppl.whole(1), default=16, help="windows to score")
-    parser.add_argument("--tasks", nargs="+", help="tasks of the harness, in place of the text")
+    parser.add_argument("--tasks", nargs="+", help="tasks of the harness, in place of a text")
     args = parser.parse_args()
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.api.instance import Instance
+        import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise eval_ppl.UserError(f"the harness is not installed ({error}): pip install lm_eval") from error
-    device = eval_ppl.pick_device(args.device)
-    model, tokenizer = eval_ppl.load_model(args.model, device, eval_ppl.pick_dtype(args.dtype, device), args.device_map,
-                                           revision=args.revision, trust_remote_code=args.trust_remote_code)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=None if args.tasks else args.seqlen, batch_size=1)
+        raise UserError(f"the harness is not installed ({error}): pip install lm_eval") from error
+    device, metrics = pick_device(args.device), Path(args.model, "metrics.json")
+    model, tokenizer = load_model(args.model, device, pick_dtype(args.dtype, device), args.device_map,
+                                  revision=args.revision, trust_remote_code=args.trust_remote_code)
     if args.tasks:
-        print(json.dumps(simple_evaluate(harness, tasks=args.tasks)["results"], indent=1))
-        return
-    text, ids = text_of(args, tokenizer)
-    instance = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
-    theirs = -harness.loglikelihood_rolling([instance], disable_tqdm=True)[0] / len(ids)
-    ids = torch.cat([torch.tensor([harness.prefix_token_id]), ids])
-    ours = eval_ppl.perplexity(model, ids, args.seqlen + 1, args.seqlen).nll
-    print(f"{len(ids) - 1} tokens: harness {theirs:.6f} nats a token (perplexity {math.exp(theirs):.4f}), "
+        found = lm_eval.simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=args.tasks)["results"]
+        return print(json.dumps(found, indent=1))
+    scored_on = json.loads(metrics.read_text())["eval"]["data"] if metrics.is_file() else default_text(args.model)
+    words = load_text(args.eval or scored_on, "test").split(" ")[:LENGTH * WINDOWS]
+    while len(ids := encode(tokenizer, " ".join(words))) % LENGTH:    # whole windows
+        words.pop()
+    harness = HFLM(model, tokenizer=tokenizer, max_length=LENGTH)
+    text = lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (" ".join(words),), 0)
+    theirs = -harness.loglikelihood_rolling([text], disable_tqdm=True)[0] / len(ids)
+    ours = perplexity(model, torch.cat([torch.tensor([harness.prefix_token_id]), ids]), LENGTH + 1, LENGTH).nll
+    print(f"{len(ids)} tokens: harness {theirs:.6f} nats a token (perplexity {math.exp(theirs):.4f}), "
           f"eval_ppl.py {ours:.6f} ({math.exp(ours):.4f}), relative difference {abs(theirs / ours - 1):.1e}")
 
 
 if __name__ == "__main__":
-    eval_ppl.run(main)
+    run(main)

@@ -1,4 +1,4 @@
-"""Draw a metrics.json (share kept of every matrix, block by block) or a frontier's results (perplexity over ratio).
+"""Draw the share kept of every matrix, of a metrics.json, or perplexity over ratio, of ablate.py's frontier.
 
     python bench/plot.py out/FOLDER/metrics.json bench/allocation.png
     python bench/plot.py bench/results/frontier-MODEL-0-1-to-0-7-0.json bench/frontier.png
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LINES = ["#bbbbbb v:", "#56b4e9 s:", "#0072b2 D--", "#000000 o-", "#d55e00 *-", "#e69f00 ^--", "#999999 x:", "#009e73 P--"]
+STYLES = ["#56b4e9 s:", "#0072b2 D:", "#000000 d--", "#d55e00 o-", "#009e73 *-", "#e69f00 ^--", "#999999 x:", "#cc79a7 v--"]
 
 
 def allocation(report):
@@ -25,28 +25,24 @@ def allocation(report):
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="block", title=f"share of each matrix kept, {report['method']} at ratio {report['ratio']:g}")
     figure.colorbar(image, ax=axes, pad=0.02)
-    return figure
 
 
 def frontier(report):
-    """Lines that differ in marker and dashes too, for grey print; far above the dense model they leave the picture."""
-    variants, curves = report["variants"], {}
-    dense = variants.pop("dense")["ppl"]
-    for variant, row in variants.items():
+    """Lines that differ in marker and dashes too, for grey print; what is far above the dense model is left out."""
+    dense, curves = report["variants"].pop("dense")["ppl"], {}
+    for variant, row in report["variants"].items():
         name, ratio = variant.split(" at ")
-        curves.setdefault(name, {0.0: dense})[float(ratio)] = row["ppl"]
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    axes.axhline(dense, color="#bbbbbb", linewidth=1, label="dense")
-    for style, (name, curve) in zip(LINES, curves.items()):
-        color, style = style.split()
-        axes.semilogy(*zip(*sorted(curve.items())), style, color=color, label=name)
+        curves.setdefault(name, {0: dense})[float(ratio)] = row["ppl"]
+    axes = plt.figure(figsize=(7, 4.5)).add_subplot()
+    axes.axhline(dense, color="#bbbbbb", label="dense")
+    for style, (name, curve) in zip(STYLES, curves.items()):
+        axes.semilogy(*zip(*sorted(curve.items())), style[8:], color=style[:7], label=name)
     axes.set(xlabel="share of the block weights' parameters removed", ylabel="perplexity", ylim=(0.9 * dense, 50 * dense))
     axes.legend(fontsize=8)
-    return figure
 
 
 if __name__ == "__main__":
     with open(sys.argv[1]) as file:
         found = json.load(file)
-    draw = allocation if "layers" in found else frontier
-    draw(found).savefig(sys.argv[2], dpi=110, bbox_inches="tight")
+    (allocation if "layers" in found else frontier)(found)
+    plt.savefig(sys.argv[2], dpi=110, bbox_inches="tight")
