@@ -1206,10 +1206,10 @@ def main():
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
         kept = None
-        for ratio in args.ratio:  # each goes on where the one before has ended
-            budget = budget_for(layers, ratio, deviation)
+        for index, ratio in enumerate(args.ratio):                    # each goes on where the one before ended
+            budget, unread = budget_for(layers, ratio, deviation), batches[index * steps:]
             with report.clock("learn"):
-                learn(model, scored, spectrum, batches, budget, steps, args.lr, deviation, start=kept,
+                learn(model, scored, spectrum, unread, budget, steps, args.lr, deviation, start=kept,
                       progress=True)
             install(model, "soco", layers, new := finished(scored))
             report.score("compressed", f"SoCo, {steps} steps", ratio)
