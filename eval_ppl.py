@@ -199,11 +199,14 @@ def load_model(name, device, dtype, device_map=None, **options):
     Raises UserError for what cannot be loaded.
     """
     from transformers import AutoTokenizer
-    load = check_folder(Path(name)) if Path(name).is_dir() else load_dense
-    try:
-        where = {}
-        if device_map:
+    load, where = check_folder(Path(name)) if Path(name).is_dir() else load_dense, {}
+    if device_map:
+        try:
             where["device_map"] = json.loads(device_map) if device_map.startswith("{") else device_map
+        except ValueError as error:
+            raise UserError(f"--device-map {device_map}: not JSON ({error}); use auto, a device, or "
+                            f"{{\"module\": \"device\"}}") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = load(name, dtype=dtype, **where, **options)
         model = model if device_map else model.to(device)
@@ -215,6 +218,9 @@ def load_model(name, device, dtype, device_map=None, **options):
             raise                                                 # ... but not a defect of ours
         raise UserError(f"cannot load --model {name}: {reason(error)}; give a folder with config.json, "
                         f"model.safetensors and a tokenizer, or a hub id") from error
+    blocks = [len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    if blocks and not any(blocks):
+        raise UserError(f"--model {name}: it has no blocks; mend its config.json")
     bad = next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
     if bad:
         raise UserError(f"--model {name}: tensor {bad} holds NaN or infinity in {dtype}; "

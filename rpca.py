@@ -448,7 +448,7 @@ def threshold(worths, count):
         if last is None:
             return -1.0
         bucket, above = (last if shift else bucket << 16 | last), above + int(histogram[last + 1:].sum())
-    return torch.tensor([bucket], dtype=torch.int32).view(torch.float32).item()
+    return torch.tensor([bucket], dtype=torch.int32, device="cpu").view(torch.float32).item()
 
 
 def keep_worthiest(drafts, count):

@@ -805,7 +805,7 @@ class CompressedForCausalLM(PreTrainedModel):
         index = Path(folder, "model.safetensors.index.json")
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
         own = all(Path(name).name == name and Path(name).suffix == ".safetensors" for name in shards)
-        if not own or stored.get("digest") != digest(stored):
+        if not own or Path(folder, "adapter_config.json").exists() or stored.get("digest") != digest(stored):
             raise ValueError(f"{folder}: config.json or the index of its weights is not what was saved")
         dense = AutoConfig.for_model(**{**stored, "model_type": stored["compressed"]["dense"]})
         del dense.auto_map, dense.digest
@@ -891,6 +891,9 @@ def load(folder, **options):
 
     Only safetensors is read. Raises ValueError where the folder is not what was saved.
     """
+    stored = json.loads(Path(folder, "config.json").read_text())
+    if not isinstance(stored, dict) or stored.get("model_type") != CompressedConfig.model_type:
+        raise CannotCompress(f"{folder} holds no compressed model: load it with transformers")
     with quiet(), torch.device("cpu"):
         return CompressedForCausalLM.from_pretrained(folder, **options)
 
@@ -1206,7 +1209,7 @@ def main():
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
         kept = None
-        for index, ratio in enumerate(args.ratio):                    # each goes on where the one before ended
+        for index, ratio in enumerate(args.ratio):                    # each goes on where the last ended
             budget, unread = budget_for(layers, ratio, deviation), batches[index * steps:]
             with report.clock("learn"):
                 learn(model, scored, spectrum, unread, budget, steps, args.lr, deviation, start=kept,

@@ -1,7 +1,7 @@
-"""Published baselines on one matrix at a time, as short as they go: SparseGPT, OATS, and magnitude and Wanda of rpca.py.
+"""SparseGPT and OATS on one matrix at a time, as short as they go; magnitude and Wanda are in rpca.py.
 
-All see what CAP sees: the dense weight W [m, n] and G [n, n], the Gram matrix of the dense model's own inputs (the
-papers feed each block the outputs of the already pruned blocks; here all share one pass over the dense model).
+All see what CAP sees: the dense weight W [m, n] and G [n, n], the Gram matrix of the dense model's own inputs
+(the papers feed each block the outputs of the pruned blocks before it; here all share one pass).
 """
 import torch
 
@@ -10,11 +10,11 @@ from soco import dense_like, matrix
 
 
 def prune_all(prune, drafts, ratio):
-    """{layer: dense layer} of prune(W, G, ratio), from the layer and the Gram matrix of every rpca.Draft."""
+    """{layer: dense layer} of prune(W, G, ratio), from the layer and the G of every rpca.Draft."""
     pruned = {}
     for draft in drafts:
-        W = matrix(draft.layer).float()
-        pruned[draft.layer] = dense_like(draft.layer, prune(W, draft.G.to(W.device), ratio), draft.layer.bias)
+        W = prune(matrix(draft.layer).float(), draft.G.to(draft.price.device), ratio)
+        pruned[draft.layer] = dense_like(draft.layer, W, draft.layer.bias)
     return pruned
 
 
@@ -24,8 +24,8 @@ def share(ratio, count):
 
 
 def sparsegpt(W, G, ratio, damping=0.01, block=128):
-    """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1): prune W column by column, each time pushing
-    the error on to the columns not yet reached."""
+    """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1): prune column by column, each time
+    pushing the error on to the columns not yet reached."""
     W, G = W.clone(), G.clone()
     dead = G.diagonal() == 0
     G[dead, dead] = 1
@@ -47,20 +47,20 @@ def sparsegpt(W, G, ratio, damping=0.01, block=128):
 
 
 def oats(W, G, ratio, rank_share=0.25, rounds=80):
-    """OATS (Zhang & Papyan 2025, arXiv 2409.13652): alternate a truncated SVD and a row-wise hard threshold on W D.
+    """OATS (Zhang & Papyan 2025, arXiv 2409.13652): a truncated SVD and a row-wise hard threshold of W D in turn.
 
-    D [n] is the inputs' root mean square. rank_share: of the parameters kept, for the low-rank part. The truncated
-    SVD is one step of subspace iteration a round, started from the round before.
+    D [n]: root mean square of the inputs; rank_share: of the parameters kept, for the low-rank part. The truncated
+    SVD is one step of subspace iteration a round, from the round before.
     """
     (m, n), D = W.shape, G.diagonal().sqrt()
     A = W * D
-    rank, per_row = int(rank_share * share(ratio, m * n) / (m + n)), share(ratio + rank_share * (1 - ratio), n)
+    rank = int(rank_share * share(ratio, m * n) / (m + n))
     S, V = torch.zeros_like(A), torch.linalg.svd(A, full_matrices=False)[2][:rank].T
     for _ in range(rounds):
         U = torch.linalg.qr((A - S) @ V)[0]
         V, small = torch.linalg.qr((A - S).T @ U)
         L = U @ small.T @ V.T
-        S = top_per_row(A - L, per_row)
+        S = top_per_row(A - L, share(ratio + rank_share * (1 - ratio), n))
     return (L + S) / D.clamp_min(1e-12)
 
 

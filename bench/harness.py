@@ -3,8 +3,8 @@
     python bench/harness.py --model out/FOLDER                                   # compressed or dense
     python bench/harness.py --model out/FOLDER --tasks arc_easy hellaswag piqa   # accuracies; needs the hub
 
-The harness scores every token once, in windows of L tokens after one token of context: that is eval_ppl.py's
-sliding window of L + 1 tokens with stride L, over the text after the harness's prefix token.
+The harness scores every token once, in windows of L tokens after one token of context: eval_ppl.py's sliding
+window of L + 1 tokens with stride L, over the text after the harness's prefix token.
 """
 import json
 import math
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_ppl import (Parser, UserError, add_model_flags, default_text, encode, load_model, load_text, perplexity,
-                      pick_device, pick_dtype, run)
+from eval_ppl import (Parser, add_model_flags, default_text, encode, load_model, load_text, perplexity, pick_device,
+                      pick_dtype, run)
 
 LENGTH, WINDOWS = 128, 16
 
@@ -23,31 +23,30 @@ LENGTH, WINDOWS = 128, 16
 def main():
     parser = Parser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--eval", help="text to score, its test split (default: what the folder was scored on)")
+    parser.add_argument("--eval", help="text, its test split (default: the one that the folder was scored on)")
     parser.add_argument("--tasks", nargs="+", help="tasks of the harness, in place of a text")
     args = parser.parse_args()
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise UserError(f"the harness is not installed ({error}): pip install lm_eval") from error
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
     device, metrics = pick_device(args.device), Path(args.model, "metrics.json")
     model, tokenizer = load_model(args.model, device, pick_dtype(args.dtype, device), args.device_map,
                                   revision=args.revision, trust_remote_code=args.trust_remote_code)
     if args.tasks:
-        found = lm_eval.simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=args.tasks)["results"]
+        found = simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=args.tasks)["results"]
         return print(json.dumps(found, indent=1))
     scored_on = json.loads(metrics.read_text())["eval"]["data"] if metrics.is_file() else default_text(args.model)
     words = load_text(args.eval or scored_on, "test").split(" ")[:LENGTH * WINDOWS]
-    while len(ids := encode(tokenizer, " ".join(words))) % LENGTH:    # whole windows
+    while len(ids := encode(tokenizer, " ".join(words))) % LENGTH:    # until it is whole windows
         words.pop()
+    text = Instance("loglikelihood_rolling", {}, (" ".join(words),), 0)
     harness = HFLM(model, tokenizer=tokenizer, max_length=LENGTH)
-    text = lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (" ".join(words),), 0)
     theirs = -harness.loglikelihood_rolling([text], disable_tqdm=True)[0] / len(ids)
-    ours = perplexity(model, torch.cat([torch.tensor([harness.prefix_token_id]), ids]), LENGTH + 1, LENGTH).nll
-    print(f"{len(ids)} tokens: harness {theirs:.6f} nats a token (perplexity {math.exp(theirs):.4f}), "
-          f"eval_ppl.py {ours:.6f} ({math.exp(ours):.4f}), relative difference {abs(theirs / ours - 1):.1e}")
+    ids = torch.cat([torch.tensor([harness.prefix_token_id]), ids])
+    ours = perplexity(model, ids, LENGTH + 1, LENGTH).nll
+    print(f"{len(ids) - 1} tokens: harness {theirs:.6f} nats a token (perplexity {math.exp(theirs):.4f}), eval_ppl.py "
+          f"{ours:.6f} ({math.exp(ours):.4f}), relative difference {abs(theirs / ours - 1):.1e}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ImportError)
