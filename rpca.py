@@ -125,7 +125,7 @@ def singular_value_threshold(A, tau, nearby=None):
 
 # ---- stage 2: one probabilistic mask over the whole model ----------------------------------------
 #
-# An item is a direction of some L, which costs m + n numbers, or an entry of some S, which costs 1.
+# An item is a direction of some L, which costs m + n parameters, or an entry of some S, which costs 1.
 # `p` and `masks` are lists of tensors, one number an item; `cost` lists what an item of each tensor costs.
 
 def project(p, cost, budget):
@@ -213,15 +213,15 @@ def refit(T, S, mask, G, iterations=12, damping=1e-2):
     return S
 
 
-def alternate(Q, V, kept, rounds=3):
-    """Rank-k L = (L_U, V) [m, k], [k, n] for Q = L + S with `kept` numbers in all, from a start V [k, n] of
+def alternate(Q, V, budget, rounds=3):
+    """Rank-k L = (L_U, V) [m, k], [k, n] for Q = L + S with `budget` parameters, from a start V [k, n] of
     its row space.
 
     S takes the largest entries of Q - L that the budget leaves, L the best rank k of Q - S, in turn; the
     rank-k approximation is one step of subspace iteration a round.
     """
     m, n, k = *Q.shape, len(V)
-    entries = max(kept - k * (m + n), 1)
+    entries = max(budget - k * (m + n), 1)
     U = Q @ V.mT
     for _ in range(rounds):
         left = Q - U @ V
@@ -328,13 +328,13 @@ class Draft(nn.Module):
         """Predicted loss of dropping each entry of S [m, n] float32."""
         return self.S.float().square() * self.price
 
-    def loss_with(self, U, V, kept, G):
-        """Predicted loss tr(R (W - W') G (W - W')^T) of `kept` parameters, L = U V among them, the entries
+    def loss_with(self, U, V, budget, G):
+        """Predicted loss tr(R (W - W') G (W - W')^T) of `budget` parameters, L = U V among them, the entries
         refitted."""
         self.set_low_rank(U, V)
         T = self.target()
         worth = (T.square() * self.price).flatten()
-        entries = kept - U.shape[1] * (self.m + self.n)
+        entries = budget - U.shape[1] * (self.m + self.n)
         cut = worth.kthvalue(worth.numel() - entries).values if entries < worth.numel() else -1.0
         E = self.rows[:, None] * (T - refit(T, T, (worth > cut).view_as(T), G, iterations=6))
         return ((E @ G) * E).sum()
@@ -400,7 +400,7 @@ def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *me
             latest = metric.G, metric.G if room > 0 else metric.G.cpu()
         price = prices.pop(name) / tokens if scale else torch.ones(1, 1, device=layer.weight.device)
         average(price)
-        price = price.to(torch.float32 if layer.weight.element_size() == 4 else torch.bfloat16)
+        price = price.to(torch.float32 if layer.weight.element_size() >= 4 else torch.bfloat16)
         drafts.append(Draft(layer, latest[1], metric.R, price, scale))
     return drafts
 
@@ -416,13 +416,13 @@ def set_ranks(drafts, ratio, rank_share, progress):
         at_once = max(RPCA_BATCH // (m * n), 1)
         batches += [some[first:first + at_once] for first in range(0, len(some), at_once)]
     for some in bar(batches, progress, desc="robust PCA", unit="batch"):
-        (m, n), kept = some[0].S.shape, int((1 - ratio) * some[0].S.numel())
-        if k := int(rank_share * kept / (m + n)):
+        (m, n), budget = some[0].S.shape, int((1 - ratio) * some[0].S.numel())
+        if k := int(rank_share * budget / (m + n)):
             Q = torch.stack([draft.scaled() for draft in some])
             for draft, q, V in zip(some, Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:, :k]):
                 G, without = draft.G.to(draft.rows.device), (draft.U, draft.V)
-                with_L = as_the_first(alternate(q, V, kept))
-                if draft.loss_with(*with_L, kept, G) > draft.loss_with(*without, kept, G):
+                with_L = as_the_first(alternate(q, V, budget))
+                if draft.loss_with(*with_L, budget, G) > draft.loss_with(*without, budget, G):
                     with_L = without
                 draft.set_low_rank(*with_L)
                 draft.S = draft.target().to(draft.S)
@@ -501,8 +501,8 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
 
     def set_masks(masks):
         for draft, (U, V, S), directions, entries in zip(drafts, splits, masks[::2], masks[1::2]):
-            kept = directions.to(U.device).bool()
-            draft.set_low_rank(U[:, kept].to(draft.rows), V[kept].to(draft.rows))
+            on = directions.to(U.device).bool()
+            draft.set_low_rank(U[:, on].to(draft.rows), V[on].to(draft.rows))
             draft.S = S * entries.to(S)
 
     def loss_of(masks, step):
@@ -594,6 +594,6 @@ def main():
 
 
 if __name__ == "__main__":
-    import rpca
     from eval_ppl import run
-    run(rpca.main, CannotCompress)
+    from rpca import main                            # as a module: the classes that a loaded folder knows
+    run(main, CannotCompress)

@@ -181,8 +181,8 @@ class ScoredLinear(nn.Module):
 
     def finish(self):
         """The layer to store: LowRankLinear of the kept components, or dense where that costs no more."""
-        kept, S = self.kept.nonzero()[:, 0].to(self.U.device), self.S.detach().to(self.U.device)
-        U, V = self.U[:, kept].float() * S[kept], self.V[kept]
+        index, S = self.kept.nonzero()[:, 0].to(self.U.device), self.S.detach().to(self.U.device)
+        U, V = self.U[:, index].float() * S[index], self.V[index]
         bias = None if self.layer.bias is None and not self.d.any() else self.bias().detach()
         if U.numel() + V.numel() >= self.layer.weight.numel():
             return dense_like(self.layer, U @ V.float(), bias)
@@ -1208,20 +1208,20 @@ def main():
             spectrum.keep_best(budget_for(layers, ratio, deviation=False))
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
-        kept = None
+        start = None
         for index, ratio in enumerate(args.ratio):                    # each goes on where the last ended
             budget, unread = budget_for(layers, ratio, deviation), batches[index * steps:]
             with report.clock("learn"):
-                learn(model, scored, spectrum, unread, budget, steps, args.lr, deviation, start=kept,
+                learn(model, scored, spectrum, unread, budget, steps, args.lr, deviation, start=start,
                       progress=True)
             install(model, "soco", layers, new := finished(scored))
             report.score("compressed", f"SoCo, {steps} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)
             swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
-            kept = budget
+            start = budget
 
 
 if __name__ == "__main__":
-    import soco
     from eval_ppl import run
-    run(soco.main, soco.CannotCompress)
+    from soco import CannotCompress, main            # as a module: the classes that a loaded folder knows
+    run(main, CannotCompress)

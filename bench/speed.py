@@ -4,8 +4,8 @@
     python bench/speed.py --model FOLDER --compressed out/FOLDER       # what soco.py or rpca.py wrote
     python bench/speed.py --shape llama-7b --blocks 8 --seqlen 2048    # random weights
 
-Prefill is a forward pass of a batch. Decoding is generate of transformers with a static cache, batch 1, from one
-token; compiled, it runs CUDA graphs. Low rank: random factors of the rank that the ratio leaves a matrix.
+Prefill is a forward pass of a batch. Decoding is generate of transformers with a static cache, batch 1, from
+one token; compiled: as CUDA graphs. Low rank: random factors of the rank that the ratio leaves a matrix.
 """
 import collections
 import math
@@ -49,8 +49,8 @@ def speeds(model, ids, tokens=64):
     def decoding(**how):
         torch.compiler.reset()
         return seconds(lambda: model.generate(
-            ids[:1, :1], attention_mask=torch.ones_like(ids[:1, :1]), min_new_tokens=tokens, max_new_tokens=tokens,
-            do_sample=False, cache_implementation="static", pad_token_id=0, **how)) / tokens
+            ids[:1, :1], attention_mask=torch.ones_like(ids[:1, :1]), max_new_tokens=tokens, pad_token_id=0,
+            min_new_tokens=tokens, do_sample=False, cache_implementation="static", **how)) / tokens
 
     times = seconds(lambda: model(ids, use_cache=False)), decoding(disable_compile=True)
     resident = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
@@ -99,12 +99,17 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype, blocks = pick_dtype(args.dtype, device), {"num_hidden_layers": args.blocks} if args.blocks else {}
-    load = lambda name: load_model(name, device, dtype)[0]
+
+    def load(name):
+        return load_model(name, device, dtype, args.device_map, revision=args.revision,
+                          trust_remote_code=args.trust_remote_code)[0]
+
     model = build(args.shape, dtype, device, **blocks) if args.shape else load(args.model)
     layers, embeddings = soco.block_layers(model).values(), model.get_input_embeddings()
     ids = torch.randint(embeddings.num_embeddings, (args.batch_size, args.seqlen), device=device)
     print(vars(args), torch.cuda.get_device_name(device) if ids.is_cuda else "CPU")
-    print(f"{'(times dense speed)':20} {'prefill, ms':>17} {'a token, ms':>17} {'compiled, ms':>17} tokens/s       MB")
+    heads = " ".join(f"{head:>17}" for head in ("prefill, ms", "a token, ms", "compiled, ms"))
+    print(f"{'(times dense speed)':20} {heads} tokens/s       MB")
     rows = {"dense": speeds(model, ids)} | {name: speeds(load(name), ids) for name in args.compressed}
     with soco.swapped(model, {layer: low_rank(layer, args.ratio) for layer in layers}):
         rows["low rank"] = speeds(model, ids)
@@ -113,9 +118,9 @@ def main():
         print(f"{label:20} {cells} {1 / min(found[1:3]):8.1f} {found[3] / 1e6:8.1f}", flush=True)
 
     W = max(map(soco.matrix, layers), key=torch.numel)[:2048, :2048].float()
-    ours, held = seconds(lambda: rpca.rpca(W, tol=0, max_iter=10)), (W.numel() / (4 * W.abs().sum())).item()
-    with mock.patch.object(rpca, "singular_value_threshold", full_svd):      # and a held penalty: the textbook's
-        textbook = seconds(lambda: rpca.rpca(W, penalty=held, tol=0, max_iter=10))
+    ours, penalty = seconds(lambda: rpca.rpca(W, tol=0, max_iter=10)), W.numel() / 4 / W.abs().sum().item()
+    with mock.patch.object(rpca, "singular_value_threshold", full_svd):       # and a held penalty: the textbook
+        textbook = seconds(lambda: rpca.rpca(W, penalty=penalty, tol=0, max_iter=10))
     print(f"ten iterations of rpca, {tuple(W.shape)}: {ours:.3f} s, {textbook / ours:.1f} times textbook speed")
 
     def dense_step():
