@@ -13,12 +13,10 @@ import math
 import operator
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import types
 import weakref
 import zipfile
@@ -38,18 +36,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
-                          LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 from transformers.pytorch_utils import Conv1D
 
 import eval_ppl
 import rpca
 import soco
 from bench.baselines import oats, sparsegpt
-from eval_ppl import UserError, encode, perplexity
+from eval_ppl import encode, perplexity
 from soco import (BASES, CannotCompress, KLDivergence, LowRankLinear, ScoredLinear, Spectrum, block_layers,
-                  choose, collect_metric, compress, dense_like, factor, frozen, load, matrix, save,
-                  stored_parameters, swap, swapped)
+                  choose, collect_metric, compress, factor, frozen, load, matrix, save, swapped)
 
 VOCAB = 64
 SHAPES = [(7, 5), (5, 11), (8, 8), (1, 6), (6, 1)]
@@ -79,21 +75,22 @@ def make_layer(kind, m, n, device="cpu"):
     return layer.to(device)
 
 
-def tiny_gpt2(**config):
+CONFIG = {      # of every architecture, which reads of it what it knows
+    "vocab_size": VOCAB, "hidden_size": 24, "word_embed_proj_dim": 16, "intermediate_size": 40, "ffn_dim": 40,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2,
+    "new_decoder_architecture": True, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+}
+
+
+def tiny(kind, **config):
     torch.manual_seed(0)
-    config = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 24, "n_head": 2, "n_layer": 2,
-              "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2, **config}
-    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **config)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIG | config)).eval()
 
 
-def tiny_llama(**config):
-    torch.manual_seed(0)
-    config = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-              "initializer_range": 0.2, **config}
-    return LlamaForCausalLM(LlamaConfig(bos_token_id=0, eos_token_id=0, **config)).eval()
-
-
+tiny_gpt2 = functools.partial(tiny, "gpt2", num_attention_heads=2)
+tiny_llama = functools.partial(tiny, "llama")
 MODELS = [tiny_gpt2, tiny_llama]
 
 
@@ -123,11 +120,6 @@ def divergence(dense_logits, model, batches):
 
 def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
-
-
-def run_script(script, *args, cwd, **environment):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
-                          env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +154,7 @@ def command(house, capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *before, *words])
         capsys.readouterr()
         try:
-            eval_ppl.run({"soco.py": soco, "rpca.py": rpca, "eval_ppl.py": eval_ppl}[script].main, CannotCompress)
+            eval_ppl.run(sys.modules[script.removesuffix(".py")].main, CannotCompress)
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -208,11 +200,7 @@ def test_a_degenerate_metric_still_gives_the_weight_back(W, G, R):
 
 
 CHOICES = {1: [(4, 30), (5, 5), (9, 6)], 3: [(10, 30), (13, 13), (2, 9)], 8: [(20, 40), (24, 25), (17, 70)]}
-WORTHS = {
-    "steep": lambda r, seed: (2 * random(r, seed=seed)).exp(),
-    "flat": lambda r, seed: torch.full((r,), 2.0),
-    "mostly nothing": lambda r, seed: random(r, seed=seed).clamp_min(0),
-}
+WORTHS = {"steep": lambda x: (2 * x).exp(), "flat": torch.ones_like, "half zero": lambda x: x.clamp_min(0)}
 
 
 def cost_and_value(ranks, shapes, worth):
@@ -227,11 +215,11 @@ def cost_and_value(ranks, shapes, worth):
 @pytest.mark.parametrize("worths", WORTHS)
 def test_choose_is_as_good_as_any_choice_and_spends_the_budget(worths, group, device):
     shapes, sides = CHOICES[group], torch.tensor(CHOICES[group], device=device).T
-    worth = [WORTHS[worths](min(shape), i).to(device) for i, shape in enumerate(shapes)]
+    worth = [WORTHS[worths](random(min(shape), seed=i, device=device)) for i, shape in enumerate(shapes)]
     padded = nn.utils.rnn.pad_sequence(worth, batch_first=True, padding_value=-1)
     allowed = [[*range(group, min(shape), group), min(shape)] for shape in shapes]      # at least one group
     points = [cost_and_value(ranks, shapes, worth) for ranks in itertools.product(*allowed)]
-    prices = np.geomspace(1e-6, 10, 500)            # of a parameter: what is best at one, nothing beats at its cost
+    prices = np.geomspace(1e-6, 10, 500)            # of a parameter: what is best at one is best at its cost
     best = dict(max(points, key=lambda point: point[1] - price * point[0]) for price in prices)
     assert len(best) > 2
     for budget in [*range(min(points)[0], max(points)[0] + 20, group), *best]:
@@ -243,6 +231,9 @@ def test_choose_is_as_good_as_any_choice_and_spends_the_budget(worths, group, de
         cost, value = cost_and_value(ranks, shapes, worth)
         assert value >= max(best[corner] for corner in best if corner <= budget) - 1e-9
         assert_within(cost, budget, shapes, ranks, group)
+    padded[1, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        choose(padded, *sides, budget, group)
 
 
 def assert_within(stored, budget, shapes, ranks, group):
@@ -251,14 +242,9 @@ def assert_within(stored, budget, shapes, ranks, group):
     assert 0 <= budget - stored < max(steps, default=math.inf)
 
 
-def test_a_worth_that_is_nan_is_an_error():
-    with pytest.raises(ValueError, match="NaN"):
-        choose(torch.tensor([[4.0, math.nan], [2.0, 1.0]]), torch.tensor([9, 9]), torch.tensor([9, 9]), 40, 1)
-
-
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-6), ("float32", 1e-6), ("bfloat16", 2e-2)])
 def test_kl_divergence_and_its_gradient_match_the_plain_formula(dtype, tolerance, device):
-    teacher, ours = (3 * random(2, 5, 11, seed=seed, device=device).to(getattr(torch, dtype)) for seed in (0, 1))
+    teacher, ours = (random(2, 5, 11, seed=seed, device=device).to(getattr(torch, dtype)) for seed in (0, 1))
     plain = ours.double().requires_grad_()
     loss = KLDivergence.apply(teacher, ours.requires_grad_())
     logs = plain.log_softmax(-1), teacher.double().log_softmax(-1)
@@ -288,9 +274,12 @@ def scored(kind, m, n, basis="plain", device="cpu"):
 def test_scores_and_deviation_get_their_gradients_and_masked_scores_that_of_coming_back(basis, kind, device):
     layer, student, x = scored(kind, 5, 11, basis, device)
     torch.testing.assert_close(student(x), layer(x), rtol=1e-9, atol=1e-9)      # scores of one, full rank
+    student.kept[1:] = 0                            # rank 1 takes 16 of 55 parameters, rank 2 more than half
+    half = soco.truncated(layer, *factor(matrix(layer), *metric_of(basis, 5, 11, device)[2:]), 0.5)
+    torch.testing.assert_close(half(x), student(x), rtol=1e-6, atol=1e-6)
     target, parts = random(4, 5, seed=8, device=device), student.U.T[:, :, None] * student.V[:, None]
     student.S.data, student.d.data = (random(5, seed=seed, device=device) for seed in (9, 10))
-    student.kept[::2] = 0
+    student.kept.copy_(torch.tensor([0, 1, 0, 1, 0]))
     y, bias = student(x), 0 if layer.bias is None else layer.bias
     expected = sum(student.S[i] * (x @ parts[i].T) for i in (1, 3)) + 3 * student.d + bias
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
@@ -322,44 +311,25 @@ def test_a_scored_layer_is_moved_and_restored_like_any_module():
     state, again = student.state_dict(), scored("linear", 7, 5, "two-sided")[1].double()
     assert state.keys() == {"S", "d", "U", "V", "price", "kept", "layer.weight", "layer.bias"}
     again.load_state_dict(state)
-    torch.testing.assert_close(again(x), student(x), rtol=1e-12, atol=1e-12)
-    assert torch.equal(again.price, student.price)
+    torch.testing.assert_close((again(x), again.price), (student(x), student.price), rtol=1e-12, atol=1e-12)
     moved = again.to(torch.float32)
     assert {value.dtype for value in moved.state_dict().values()} == {torch.float32}
     torch.testing.assert_close(moved(x.float()), student(x).float(), rtol=1e-5, atol=1e-5)
     assert {value.device.type for value in moved.to("meta").state_dict().values()} == {"meta"}
 
 
-# ---- the layers of a model ------------------------------------------------------------------------
+# ---- a model, its metric and its prices ------------------------------------------------------------
 
-def test_swap_reaches_every_place_and_swapped_undoes_it_after_an_error():
-    shared, other, new = (nn.Linear(2, 2) for _ in range(3))
-    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(other, shared.eval())})
-    with pytest.raises(KeyError), swapped(model, {shared: new}):
-        assert model["a"] is new and model["b"][1] is new and model["b"][0] is other and not new.training
-        raise KeyError
-    assert model["a"] is shared and model["b"][1] is shared
-
-
-def test_what_is_not_touched_is_named():
-    model = tiny_gpt2()
-    model.transformer.h[1].table = nn.Embedding(5, 3)
-    assert soco.untouched(model, block_layers(model)) == [
-        ("transformer.wte.weight", (VOCAB, 24), "outside the repeated blocks"),
-        ("transformer.wpe.weight", (64, 24), "outside the repeated blocks"),
-        ("transformer.h.1.table.weight", (5, 3), "not a Linear or Conv1D")]
-
-
-@pytest.mark.parametrize("use", ["frozen", "perplexity", "collect_metric"])
-def test_modes_flags_and_hooks_are_what_they_were_also_after_an_error(use):
+@pytest.mark.parametrize("use", ["frozen", "swapped", "perplexity", "collect_metric"])
+def test_a_model_is_left_as_it_was_also_after_an_error(use):
     model, ids = tiny_gpt2(resid_pdrop=0.5), tokens(65)               # one token more than it can read
     model.transformer.wpe.requires_grad_(False)
     for number, module in enumerate(model.modules()):
         module.training = number % 2 == 0
 
     def told():
-        flags = [(p.requires_grad, p.grad) for p in model.parameters()]
-        return flags, [(module.training, len(module._forward_hooks)) for module in model.modules()]
+        modules = [(module, module.training, len(module._forward_hooks)) for module in model.modules()]
+        return modules, [(p.requires_grad, p.grad) for p in model.parameters()]
 
     before = told()
     with pytest.raises(IndexError):
@@ -368,23 +338,20 @@ def test_modes_flags_and_hooks_are_what_they_were_also_after_an_error(use):
         elif use == "perplexity":
             assert perplexity(model, ids, 16) == perplexity(tiny_gpt2(), ids, 16)     # without dropout
             perplexity(model, ids, 65)
-        with frozen(model):
-            assert not any(part.training for part in model.modules())
-            assert not any(p.requires_grad for p in model.parameters())
-            raise IndexError
+        elif use == "swapped":
+            with swapped(model, {model.lm_head: nn.Identity()}):
+                raise IndexError if type(model.lm_head) is nn.Identity else KeyError
+        else:
+            with frozen(model):
+                assert not any(module.training for module in model.modules())
+                assert not any(p.requires_grad for p in model.parameters())
+                raise IndexError
     assert told() == before
 
 
-# ---- the metric and the prices --------------------------------------------------------------------
-
-@pytest.fixture
-def fixed_labels(monkeypatch):
-    """The labels are those of `label`, and not drawn."""
-    monkeypatch.setattr(soco, "draw", lambda p, batch, length: label(batch, length, p.device))
-
-
-def label(batch, length, device):
-    return tokens(batch * length, seed=batch + length, device=device)
+def label(p, batch, length):
+    """Labels that are not drawn, in place of `soco.draw`."""
+    return tokens(batch * length, seed=batch + length, device=p.device)
 
 
 class Watched(nn.Module):
@@ -408,14 +375,15 @@ class Watched(nn.Module):
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_the_metric_and_the_prices_are_moments_of_what_autograd_finds(make, fixed_labels, device):
+def test_the_metric_and_the_prices_are_moments_of_what_autograd_finds(make, monkeypatch, device):
     model, batches = make().to(device), [tokens(3, 20, device=device), tokens(2, 9, device=device)]
     layers = block_layers(model)
+    monkeypatch.setattr(soco, "draw", label)
     metrics, students = collect_metric(model, layers, batches), soco.scored_layers(model, layers, batches)
     with swapped(model, watched := {layer: Watched(student) for layer, student in students.items()}):
         for ids in batches:
             found = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-            F.cross_entropy(found, label(*ids.shape, device), reduction="sum").backward()
+            F.cross_entropy(found, label(found, *ids.shape), reduction="sum").backward()
     for name, layer in layers.items():
         x, g, dS = watched[layer].values()
         assert_near(metrics[name].G, x.T @ x / 78, 1e-3)
@@ -426,8 +394,7 @@ def test_the_metric_and_the_prices_are_moments_of_what_autograd_finds(make, fixe
 
 
 def test_a_price_is_the_second_difference_of_the_divergence():
-    # texts of one token: no other token is reached, and the labels can be drawn often enough
-    model, ids, step = tiny_gpt2().double(), torch.full((10_000, 1), 5), 1e-3
+    model, ids, step = tiny_gpt2().double(), torch.full((10_000, 1), 5), 1e-3      # of texts of one token
     torch.manual_seed(0)
     students, dense = soco.scored_layers(model, block_layers(model), [ids]), logits(model, ids[:1])
     with swapped(model, students):
@@ -440,9 +407,10 @@ def test_a_price_is_the_second_difference_of_the_divergence():
             assert_near(student.price[:6], measured, 0.1)
 
 
-def test_a_metric_in_groups_of_blocks_is_the_same_and_one_group_is_held_at_a_time(fixed_labels, monkeypatch):
+def test_a_metric_in_groups_of_blocks_is_the_same_and_one_group_is_held_at_a_time(monkeypatch):
     model, batches = tiny_llama(num_hidden_layers=5), [tokens(2, 16), tokens(1, 9)]
     layers, groups, seen, names = block_layers(model), [], [], []
+    monkeypatch.setattr(soco, "draw", label)
     at_once = collect_metric(model, layers, batches)
     sides = [side for name, layer in layers.items() if ".0." in name for side in layer.weight.shape]
 
@@ -463,7 +431,7 @@ def test_a_metric_in_groups_of_blocks_is_the_same_and_one_group_is_held_at_a_tim
     assert len(list(soco.measured(model, layers, batches))) == 35 and len(groups) == 4        # room for all
 
 
-# ---- one tensor for all layers ----------------------------------------------------------------------
+# ---- learning -----------------------------------------------------------------------------------
 
 def spectrum_of(model, ids, group=1):
     """({layer: ScoredLinear}, their Spectrum, half of their parameters)."""
@@ -517,8 +485,6 @@ def test_shrinking_keeps_the_function_and_sorts_what_adam_remembers():
     assert torch.equal(spectrum.choice(2 * half).sum(1), pool.sum(1))  # the others are out for good
 
 
-# ---- learning -----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("steps, deviation", [(0, True), (4, True), (4, False)])
 @pytest.mark.parametrize("ratio, group", [(0.2, 1), (0.5, 1), (0.7, 2), (0.3, 8)])
 @pytest.mark.parametrize("make", MODELS)
@@ -528,7 +494,7 @@ def test_the_budget_is_met_and_ranks_are_multiples(make, ratio, group, steps, de
     shapes = [matrix(layer).shape for layer in dense.values()]
     assert compress(model, [tokens(2, 16)], ratio, steps, deviation=deviation, group=group) is model
     specs = model.config.compressed["layers"]
-    assert model.config.compressed["method"] == "soco" and specs.keys() == dense.keys()
+    assert specs.keys() == dense.keys()
     for (name, layer), (m, n) in zip(dense.items(), shapes):
         new, k = model.get_submodule(name), specs[name].get("rank")
         stored += sum(p.numel() for p in new.parameters()) - (0 if layer.bias is None else m)
@@ -554,49 +520,32 @@ def test_one_run_meets_the_budget_of_every_ratio_and_leaves_the_model_alone():
         assert_within(stored, budget, shapes, spectrum.kept.sum(1).tolist(), 2)
         start = budget
     assert block_layers(model) == layers and all(p.requires_grad for p in model.parameters())
-    assert_same(model.state_dict(), before)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def assert_same(one, two):
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_the_budget_falls_then_swings_then_stays():
-    plan = [soco.stage_and_target(step, 100, (0.5, 0.2, 0.3), 800, 400) for step in range(100)]
-    assert [stage for stage, _ in plan] == ["descend"] * 50 + ["swing"] * 20 + ["polarise"] * 30
-    targets = [target for _, target in plan]
-    assert 800 > targets[0] and targets[49] == 400 and all(a > b for a, b in zip(targets, targets[1:50]))
-    assert max(targets[50:70]) > 400 > min(targets[50:70]) and set(targets[70:]) == {400}
-
-
-@pytest.mark.parametrize("basis", BASES)
-def test_truncation_takes_the_same_share_of_every_matrix(basis):
-    model = tiny_llama()
-    for _, layer, metric in soco.measured(model, block_layers(model), [tokens(2, 16)]):
-        (m, n), (U, sigma, V) = matrix(layer).shape, soco.decompose(layer, metric, basis)
-        new = soco.truncated(layer, U, sigma, V, 0.5)
-        k = len(new.down.weight)
-        assert k * (m + n) <= m * n / 2 < (k + 1) * (m + n)
-        assert_near(new.up.weight @ new.down.weight, ((U * sigma)[:, :k] @ V[:k]).float(), 1e-5)
-
-
-def test_one_seed_gives_one_result_in_training_mode_and_under_no_grad_too():
-    batches, states = [tokens(2, 16, seed=seed) for seed in (0, 1)], []
-    for training in (False, True):
-        model = tiny_gpt2(resid_pdrop=0.5).train(training)
+def test_one_seed_gives_one_result_in_training_mode_under_no_grad_and_with_checkpointing():
+    batches, states, calls = [tokens(2, 16, seed=seed) for seed in (0, 1)], [], []
+    for checkpointing, training in ((False, False), (True, False), (False, True)):
+        model, count = tiny_gpt2(resid_pdrop=0.5).train(training), []
+        if checkpointing:
+            soco.enable_checkpointing(model)
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *call: count.append(1))
         torch.manual_seed(7)
         with torch.set_grad_enabled(not training):
             compress(model, iter(batches), 0.5, steps=5, group=1)
         assert all(module.training == training for module in model.modules())
         assert all(p.requires_grad for p in model.parameters())
         states.append(model.state_dict())
-    assert_same(*states)
+        calls.append(len(count))
+    assert states[0].keys() == states[1].keys() == states[2].keys()
+    assert all(torch.equal(states[0][key], state[key]) for key in states[0] for state in states)
+    assert calls == [calls[0], calls[0] + 5, calls[0]]                # checkpointing: one more in every step
 
 
 def test_learning_lowers_the_divergence_also_on_other_text():
     from pydoc_data.topics import topics
     dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
-    batches = encode(tokenizer, "\n\n".join(topics.values())[:30_000])[:1280].view(5, 4, 64)
+    batches = encode(tokenizer, "\n\n".join(topics.values())[:30_000])[:640].view(5, 2, 64)
     targets, after = [logits(dense, ids) for ids in batches], []
     for steps in (0, 30):
         torch.manual_seed(0)
@@ -617,34 +566,27 @@ def test_a_compressed_model_keeps_its_other_weights_and_frees_the_dense_ones(mak
     assert not any(weight() is not None for weight in dense.values())
 
 
-def edited(change):
-    """A tiny model, after `change`."""
-    change(model := tiny_gpt2())
-    return model
-
-
 REFUSED_SETTINGS = {        # what the message says: settings
     "no batches": {"batches": []}, "no calibration token": {"metric_batches": 0}, "steps -1": {"steps": -1},
     "group 0": {"group": 0}, "basis 'diagonal'": {"basis": "diagonal"}, "three parts": {"stages": (0.5, 0.5)},
     **{f"ratio {ratio}": {"ratio": ratio} for ratio in (0, 1, 1.5, -0.1, math.nan, 0.999)},
     "ratio 0.5": {"group": 24},
 }
-REFUSED_MODELS = {          # what the message says: how the model is made
-    "GPT2LMHeadModel": lambda: tiny_gpt2(n_layer=0),
-    "has no config": lambda: edited(lambda model: delattr(model, "config")),
-    "quantized": lambda: edited(lambda model: setattr(model.config, "quantization_config", {"bits": 4})),
-    "c_attn is on the meta device": lambda: edited(lambda model: model.to("meta")),
-    "transformer.h.1.spare": lambda: edited(
-        lambda model: setattr(model.transformer.h[1], "spare", nn.Linear(3, 3))),     # that no token reaches
-    "3-D parameter, .*experts": lambda: tiny("mixtral"),
-    "compressed already": lambda: compress(tiny_gpt2(), [tokens(2, 16)], 0.2, 0),
-    "no_grad": tiny_gpt2,                           # under inference mode
+REFUSED_MODELS = {          # what the message says: a change of a model, or another model
+    "GPT2LMHeadModel": lambda model: tiny_gpt2(num_hidden_layers=0),
+    "has no config": lambda model: delattr(model, "config"),
+    "quantized": lambda model: setattr(model.config, "quantization_config", {"bits": 4}),
+    "c_attn is on the meta device": lambda model: model.to("meta"),
+    "transformer.h.1.spare": lambda model: model.transformer.h[1].add_module("spare", nn.Linear(3, 3)),
+    "3-D parameter, .*experts": lambda model: tiny("mixtral"),
+    "compressed already": lambda model: compress(model, [tokens(2, 16)], 0.2, 0),
+    "no_grad": lambda model: None,                  # under inference mode
 }
 
 
 @pytest.mark.parametrize("what", [*REFUSED_SETTINGS, *REFUSED_MODELS])
 def test_what_cannot_be_met_is_refused_before_a_layer_is_replaced(what):
-    model = REFUSED_MODELS.get(what, tiny_gpt2)()
+    model = REFUSED_MODELS.get(what, lambda model: None)(dense := tiny_gpt2()) or dense
     options, modules = {"batches": [tokens(2, 16)], "steps": 2, "group": 1}, list(model.modules())
     with pytest.raises(CannotCompress, match=what), torch.inference_mode(what == "no_grad"):
         compress(model, **options | REFUSED_SETTINGS.get(what, {}))
@@ -656,20 +598,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step():
     with pytest.raises(FloatingPointError, match="step 2 of 10.*learning rate"):
         compress(model, [tokens(2, 16)], 0.5, steps=10, lr=1e30, group=1)
     assert block_layers(model) == layers and all(p.requires_grad for p in model.parameters())
-
-
-def test_gradient_checkpointing_learns_the_same_and_recomputes():
-    found, calls = [], []
-    for checkpointing in (False, True):
-        model, count = tiny_llama(), []
-        if checkpointing:
-            soco.enable_checkpointing(model)
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda *call: count.append(1))
-        torch.manual_seed(0)
-        found.append(logits(compress(model, [tokens(2, 16)], 0.5, steps=4, group=1), tokens(2, 16)))
-        calls.append(len(count))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    assert calls[1] == calls[0] + 4                                   # one more in every step
 
 
 class Operations(TorchDispatchMode):
@@ -689,7 +617,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of_matrices():
-    waits, ids, steps = [], tokens(2, 8), 60
+    waits, ids, steps = [], tokens(2, 8), 40
     for blocks in (2, 8):
         students, spectrum, half = spectrum_of(model := tiny_llama(num_hidden_layers=blocks), ids)
         with Operations() as learning:
@@ -697,37 +625,14 @@ def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of
         with Operations() as dense:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         waits.append(learning.waits)
-    assert waits[0] == waits[1] <= 6 * steps
-    assert learning.all <= 2.0 * dense.all * steps
+    assert waits[0] == waits[1] <= 6 * steps and learning.all <= 2.0 * dense.all * steps
 
 
 # ---- architectures --------------------------------------------------------------------------------
 
 ARCHITECTURES = ("gpt2 llama mistral qwen2 qwen3 gemma3_text phi3 opt gpt_neox bloom falcon granite olmo2 "
                  "starcoder2").split()
-CONFIG = {      # each architecture reads what it knows
-    "vocab_size": VOCAB, "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 16, "intermediate_size": 48,
-    "ffn_dim": 48, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4, "head_dim": 16,
-    "num_key_value_heads": 2, "num_kv_heads": 2, "new_decoder_architecture": True, "sliding_window": 16,
-    "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}
 SETTINGS = {"soco": {"steps": 2, "group": 1}, "cap": {}}
-
-
-def tiny(kind):
-    torch.manual_seed(0)
-    config = {key: value for key, value in CONFIG.items() if (kind, key) != ("falcon", "head_dim")}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)).eval()
-
-
-def whole_matrices(method, model, ids):
-    """{layer: what the method stores when it keeps everything}."""
-    if method == "soco":
-        return soco.finished(soco.scored_layers(model, block_layers(model), [ids]))
-    drafts = rpca.drafted(model, block_layers(model), [ids])
-    rpca.set_ranks(drafts, 0.5, 0.2, False)
-    return {draft.layer: draft.finish() for draft in drafts}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -737,7 +642,10 @@ def test_every_architecture_is_compressed_saved_and_loaded(kind, method, tmp_pat
     dense, layers = logits(model, ids), block_layers(model)
     inside = {name for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.\d+\.", name)}
     assert inside == {name + ".weight" for name in layers}      # every matrix of the blocks and no other
-    with swapped(model, whole_matrices(method, model, ids)):
+    others = {name for name, p in model.named_parameters() if p.ndim > 1} - inside
+    assert {(name, "outside the repeated blocks") for name in others} == {
+        (name, reason) for name, _, reason in soco.untouched(model, layers)}
+    with swapped(model, soco.scored_layers(model, layers, [ids])):
         assert_near(logits(model, ids), dense, 1e-3)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     METHODS[method].compress(model, [ids], 0.4, **SETTINGS[method])
@@ -750,33 +658,25 @@ def test_every_architecture_is_compressed_saved_and_loaded(kind, method, tmp_pat
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_shared_block_is_compressed_once_and_stays_shared(method):
-    model = tiny_gpt2()
-    model.transformer.h[1] = model.transformer.h[0]
-    METHODS[method].compress(model, [tokens(2, 16)], 0.4, **SETTINGS[method])
-    assert model.transformer.h[1] is model.transformer.h[0]
-    assert len(model.config.compressed["layers"]) == 4
-    assert type(model.transformer.h[1].mlp.c_fc).__name__ in soco.KINDS
-
-
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtypes_devices_and_frozen_flags_are_kept(dtype, method, device):
+def test_dtypes_devices_frozen_flags_and_shared_blocks_are_kept(dtype, method, device):
     model = tiny_llama().to(device, getattr(torch, dtype))
+    blocks, frozen_one = model.model.layers, "model.layers.0.mlp.up_proj"
+    blocks[1] = blocks[0]
     layers = block_layers(model)
-    layers["model.layers.0.mlp.up_proj"].weight.requires_grad_(False)
+    layers[frozen_one].weight.requires_grad_(False)
     METHODS[method].compress(model, [tokens(2, 16)], 0.4, **SETTINGS[method])
     for name in layers:
         for p in model.get_submodule(name).parameters():
             assert (p.dtype, p.device) == (getattr(torch, dtype), layers[name].weight.device)
-            assert p.requires_grad == (name != "model.layers.0.mlp.up_proj")
+            assert p.requires_grad == (name != frozen_one)
     assert logits(model, tokens(2, 16, device=device)).isfinite().all()
+    assert blocks[1] is blocks[0] and len(model.config.compressed["layers"]) == len(layers) == 7
 
 
 # ---- several processes ----------------------------------------------------------------------------
 
-TOGETHER = {"soco": ("soco.py", "--steps 4"), "cap": ("rpca.py", "--rank-share 0.3"),
-            "policy": ("rpca.py", "--estimator policy --rounds 1")}
+TOGETHER = [("soco.py", "--steps 4"), ("rpca.py", "--rank-share 0.3"), ("rpca.py", "--estimator policy")]
 ONE_AFTER_ANOTHER = """
 import os, runpy, sys, torch
 for number, line in enumerate(sys.argv[1:]):
@@ -790,23 +690,23 @@ for number, line in enumerate(sys.argv[1:]):
 
 def test_two_processes_find_what_one_finds(house, command, tmp_path):
     more = "--batch-size 4 --no-baselines --out"
-    lines = [" ".join([str(ROOT / script), *run_flags(house), flags, more, f"two-{name}"])
-             for name, (script, flags) in TOGETHER.items()]
+    lines = [" ".join([str(ROOT / script), *run_flags(house), flags, more, f"two-{number}"])
+             for number, (script, flags) in enumerate(TOGETHER)]
     (tmp_path / "runs.py").write_text(ONE_AFTER_ANOTHER)
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 runs.py".split()
     done = subprocess.run([sys.executable, *torchrun, *lines], cwd=tmp_path, capture_output=True, text=True,
                           timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout.count("written to")) == (0, len(lines)), done.stderr
-    for name, (script, flags) in TOGETHER.items():
-        assert command(script, f"{flags} {more} one-{name}")[0] == 0
-        folders = [tmp_path / f"{number}-{name}" for number in ("one", "two")]
+    for number, (script, flags) in enumerate(TOGETHER):
+        assert command(script, f"{flags} {more} one-{number}")[0] == 0
+        folders = [tmp_path / f"{processes}-{number}" for processes in ("one", "two")]
         one, two = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
         assert (one["processes"], two["processes"]) == (1, 2)
         assert two["ppl"] == pytest.approx(one["ppl"], rel=5e-3)
         for a, b in zip(one["layers"], two["layers"]):                # entries on the edge may change sides
             assert a.get("rank") == b.get("rank") and abs(a.get("nonzeros", 0) - b.get("nonzeros", 0)) <= 10
-        a, b = (logits(load(folder), tokens(2, 16)) for folder in folders)
-        assert_near(a, b, 1e-3 if name == "soco" else 0.05)
+        found = [logits(load(folder), tokens(2, 16)) for folder in folders]
+        assert_near(*found, 1e-3 if script == "soco.py" else 0.05)
 
 
 # ---- perplexity, texts, devices -------------------------------------------------------------------
@@ -825,12 +725,9 @@ def test_perplexity_scores_every_token_once_with_all_the_context_of_its_window(s
     result = perplexity(model, ids, 16, stride, blocks)
     assert result.tokens == len(nats) and result.nll == pytest.approx(sum(nats) / len(nats), rel=1e-5)
     assert result.ppl == pytest.approx(math.exp(result.nll), rel=1e-12)
-
-
-@pytest.mark.parametrize("length, seqlen, stride", [(15, 16, None), (40, 1, None), (40, 9, 17), (40, 9, -1)])
-def test_perplexity_without_one_whole_window_is_an_error(length, seqlen, stride):
-    with pytest.raises(ValueError, match=f"{length} tokens"):
-        perplexity(tiny_gpt2(), tokens(length), seqlen, stride)
+    for none_whole in ((51, None), (1, None), (16, 17), (16, -1)):
+        with pytest.raises(ValueError, match="50 tokens"):
+            perplexity(model, ids, *none_whole)
 
 
 def sample(ids, count, seed=0):
@@ -926,8 +823,7 @@ shutil.copy(root + "/eval_ppl.py", ".")
 run("soco.py", line + "--steps 2 --metric-batches 2 --out by-soco")
 shutil.copy(root + "/rpca.py", ".")
 run("rpca.py", line + "--out by-cap")
-for folder in ("by-cap", "by-soco"):
-    run("eval_ppl.py", f"--model {folder} --eval {house}/test --blocks 3")
+run("eval_ppl.py", f"--model by-cap --eval {house}/test --blocks 3")
 """
 
 
@@ -935,8 +831,7 @@ def test_the_scripts_work_wherever_they_are_copied(house, tmp_path):
     shutil.copy(ROOT / "soco.py", tmp_path)
     done = python(COPIED, ROOT, house, cwd=tmp_path)
     assert (done.returncode, done.stderr, done.stdout[:10]) == (0, "", "settings: ")   # the library is silent
-    found = [f"{metrics(tmp_path / folder)['ppl']['compressed']:.4f}" for folder in ("by-cap", "by-soco")]
-    assert re.findall(r"^perplexity (\d\S+)", done.stdout, re.M) == found
+    assert f"\nperplexity {metrics(tmp_path / 'by-cap')['ppl']['compressed']:.4f} " in done.stdout
 
 
 # what can be pasted: the names it needs beside it, with torch and the standard library, and a use of it
@@ -954,8 +849,8 @@ PASTED = {
     "rpca": ("RPCA singular_value_threshold leading_range soft_threshold",
              "found = rpca(W, tol=1e-8); same((found.U * found.sigma) @ found.V + found.S, W)"),
     "project": ("", "same(project([torch.tensor([0.5, 0.75])], [2], 1.5)[0], torch.tensor([0.25, 0.5]))"),
-    "policy_gradient": ("project score_function", "loss = lambda masks, step: -masks[0][1].item(); "
-                        "p, _ = policy_gradient(loss, [torch.ones(3) / 2], [1], 2, 60); assert p[0].argmax() == 1"),
+    "policy_gradient": ("project score_function", "loss = lambda masks, step: -masks[0][1].item(); p = ["
+                        "torch.ones(3) / 2]; assert policy_gradient(loss, p, [1], 2, 60)[0][0][1] > 0.9"),
     "keep_most_probable": ("", "same(keep_most_probable([torch.arange(3)], [2], 5)[0], torch.arange(3) > 0)"),
     "refit": ("", "same(refit(W, 0 * W, torch.ones(4, 5), torch.eye(5).double()), W)"),
     "LowRankPlusSparse": ("", "x = torch.eye(3); layer = LowRankPlusSparse(3, 2, 0, 2, bias=False); "
@@ -1082,18 +977,16 @@ def attempt(load, *args, ids=IDS, **options):
 
 
 STRANGER = """
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 explicit, auto = {"soco": GPT2LMHeadModel, "cap": LlamaForCausalLM}, AutoModelForCausalLM.from_pretrained
 trust = {"trust_remote_code": True}
 found = {"bad": {folder: attempt(auto, folder, **trust) for folder in bad}}
 for method, folder in good.items():
-    words = pipeline("text-generation", folder, **trust)("w1 w2", max_new_tokens=3, do_sample=False)
     auto(folder, **trust).save_pretrained(method + "-again")
     found[method] = {
         "without": attempt(auto, folder), "explicit": attempt(explicit[method].from_pretrained, folder),
-        "trusted": attempt(auto, folder, **trust), "words": words[0]["generated_text"],
-        "generated": auto(folder, **trust).generate(IDS, max_new_tokens=3, do_sample=False),
-        "again": attempt(auto, method + "-again", **trust)}
+        "trusted": attempt(auto, folder, **trust), "again": attempt(auto, method + "-again", **trust),
+        "generated": auto(folder, **trust).generate(IDS, max_new_tokens=3, do_sample=False)}
 torch.save(found, "found")
 assert not {"soco", "rpca", "eval_ppl"} & set(sys.modules)
 """
@@ -1114,7 +1007,7 @@ def stranger(saved, tampered, tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_folder_loads_in_a_process_without_this_project(method, saved, stranger):
     found, (folder, expected) = stranger[method], saved[method]
-    assert torch.equal(found["trusted"], expected) and found["words"].startswith("w1 w2")
+    assert torch.equal(found["trusted"], expected)
     assert torch.equal(found["generated"][:, 16], expected[:, -1].argmax(-1))
     assert not torch.is_tensor(found["again"]) or torch.equal(found["again"], expected)
     for way in ("without", "explicit"):                               # an error, and never random weights
@@ -1153,12 +1046,13 @@ def taken(folder):
 
 
 NAMES = {"full": "full", "a file": "file", "in a file": "file/new", "dangling": "dangling", "link": "link",
-         "mount point": "disk", "300 letters": "n" * 300, "not UTF-8": "\udcff"}
-NAMES |= {} if os.getuid() == 0 else {"parent not writable": "closed/new"}
+         "mount point": "disk", "300 letters": "n" * 300, "not UTF-8": "\udcff", "not writable": "closed/new"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_cannot_be_taken_is_refused_before_any_work(name, monkeypatch, tmp_path):
+    if name == "not writable" and os.getuid() == 0:
+        pytest.skip("root may write anywhere")
     for folder, mode in {"full": 0o700, "full/mine": 0o700, "disk": 0o700, "closed": 0o500}.items():
         (tmp_path / folder).mkdir(mode)
     (tmp_path / "file").touch()
@@ -1225,7 +1119,7 @@ RUNS = {    # {name: (what is done before, script, flags)}; flags behind a space
     "again": ("", "eval_ppl.py", "--model soco --eval stdlib --seqlen 64 --blocks 20"),
     "hub": ("", "soco.py", "--model gpt2 --steps 2 --seqlen 32 --metric-batches 2 --out hub"),
     "limit": ("resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", "rpca.py", " --out deep/limited"),
-    "head": ("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "rpca.py", " --out read"),
+    "head": ("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "rpca.py", " --out h"),
     "ascii": ("sys.stdout.reconfigure(encoding='ascii')", "rpca.py", " --out é"),
     "taken": ("", "rpca.py", " --model no/model --out taken"),
 }
@@ -1236,17 +1130,16 @@ def forked(house, tmp_path_factory):
     """The folder where RUNS ran, and for each (exit code, stdout, stderr)."""
     home, revision = tmp_path_factory.mktemp("forked"), "0123456789abcdef0123456789abcdef01234567"
     for name in ("models--gpt2", "datasets--ggml-org--ci"):           # a cache as the hub's client writes it
-        (home / "hub-cache" / name / "refs").mkdir(parents=True)
-        (home / "hub-cache" / name / "refs" / "main").write_text(revision)
-        shutil.copytree(house / "model", snapshot := home / "hub-cache" / name / "snapshots" / revision)
+        (home / "at" / name / "refs").mkdir(parents=True)
+        (home / "at" / name / "refs" / "main").write_text(revision)
+        shutil.copytree(house / "model", snapshot := home / "at" / name / "snapshots" / revision)
     with zipfile.ZipFile(snapshot / "wikitext-2-raw-v1.zip", "w") as archive:
         for seed, (split, count) in enumerate({"train": 2000, "valid": 300, "test": 900}.items()):
             archive.writestr(f"wikitext-2-raw/wiki.{split}.raw", text(count, seed) + "\n")
     runs = {name: (before, [str(ROOT / script), *run_flags(house) * (flags[0] == " "), *flags.split()])
             for name, (before, script, flags) in RUNS.items()}
     with soco.reserved(home / "taken"):                               # by this process, which is not theirs
-        settings = {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(home / "hub-cache")}
-        done = python(FORKED, json.dumps(runs), cwd=home, **settings)
+        done = python(FORKED, json.dumps(runs), cwd=home, PYTHONPATH=str(ROOT), HF_HUB_CACHE=str(home / "at"))
     assert done.stderr == ""
     ended = [line.split() for line in done.stdout.splitlines()]
     return home, {name: (int(code), *((home / f"{name}.{end}").read_text() for end in ("out", "err")))
@@ -1254,7 +1147,7 @@ def forked(house, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, folder, why", [
-    ("limit", "deep/limited", "arge"), ("taken", "taken", "another run"), ("head", "read", ""), ("ascii", "é", "")
+    ("limit", "deep/limited", "arge"), ("taken", "taken", "another"), ("head", "h", ""), ("ascii", "é", "")
 ])
 def test_a_run_that_cannot_write_ends_in_one_line_and_one_that_nobody_reads_saves(name, folder, why, forked):
     (code, out, err), folder = forked[1][name], forked[0] / folder
@@ -1327,9 +1220,8 @@ def test_a_model_is_trained_whole_or_by_lora_and_saved(method, lora, saved, tmp_
         assert torch.equal(logits(again, IDS), logits(model, IDS))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_layers_hold_what_the_readme_says_after_a_call(bias):
-    m, n, k, b, like = 12, 20, 3, random(12) if bias else None, torch.zeros(1)
+def test_layers_hold_what_the_readme_says_after_a_call():
+    m, n, k, b, like = 12, 20, 3, random(12), torch.zeros(1)
     low = soco.low_rank(random(m, k), random(k, n), b, like)
     summed = rpca.low_rank_plus_sparse(random(m, k), random(k, n), random(m, n).relu(), b, like)
     for layer, dense in ((low, 0), (summed, m * n)):
@@ -1337,18 +1229,17 @@ def test_layers_hold_what_the_readme_says_after_a_call(bias):
             layer.requires_grad_(trains)(torch.ones(2, n))
         own = [value for part in layer.modules() for value in vars(part).values() if torch.is_tensor(value)]
         held = sum(value.numel() for value in [*layer.parameters(), *layer.buffers(), *own])
-        assert held == dense + k * (m + n) + m * bias + 1             # and the marker
+        assert held == dense + k * (m + n) + m + 1                    # bias and marker
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
-def test_half_the_parameters_take_at_most_six_tenths_of_the_bytes(method, dtype, tmp_path):
+def test_half_the_parameters_take_at_most_six_tenths_of_the_bytes(method, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
     dense = {name + ".": layer.weight.nbytes for name, layer in block_layers(model).items()}
     METHODS[method].save(compressed(method, lambda: model), tmp_path / "model")
     again = METHODS[method].load(tmp_path / "model")
-    assert torch.equal(logits(again, IDS), logits(model, IDS)) and again.lm_head.weight.dtype == dtype
+    assert torch.equal(logits(again, IDS), logits(model, IDS)) and again.dtype == torch.bfloat16
     stored = sum(value.nbytes for key, value in load_file(tmp_path / "model" / "model.safetensors").items()
                  if key.startswith(tuple(dense)) and "bias" not in key)
     assert 0.4 * sum(dense.values()) < stored <= 0.6 * sum(dense.values())
@@ -1393,20 +1284,17 @@ def test_metrics_and_table_tell_the_whole_run(method, script, forked):
     assert re.search(rf"\n(SoCo|CAP).* {report['ppl']['compressed']:.2f} .* {kept:,} ", out)
 
 
-def test_a_folder_scores_the_same_in_a_new_process(forked):
+def test_folders_score_the_same_again_and_a_hub_model_on_the_test_split_of_wikitext(forked):
     (code, out, err), report = forked[1]["again"], metrics(forked[0] / "soco")
     found = float(re.match(r"perplexity (\S+)", out)[1])
     assert (code, err, found) == (0, "", pytest.approx(report["ppl"]["compressed"], rel=1e-5))
     assert all(f"{name} {value}" in out for name, value in report["eval"].items())
     assert re.search("eval_ppl.py .*--model (.*) --eval stdlib --seqlen 64 --stride 64", forked[1]["soco"][1])
-
-
-def test_a_hub_model_is_scored_on_the_test_split_of_wikitext(forked):
-    (code, _, err), report, words = forked[1]["hub"], metrics(forked[0] / "hub"), tokens(900, seed=2)
-    assert (code, err) == (0, "") and report["calib"] == "wikitext2" == report["eval"]["data"]
+    report = metrics(forked[0] / "hub")
+    assert forked[1]["hub"][::2] == (0, "") and report["calib"] == "wikitext2" == report["eval"]["data"]
     assert report["eval"]["tokens"] == 900 // 64 * 63
     for key, model in (("dense", tiny_gpt2()), ("compressed", load(forked[0] / "hub"))):
-        assert report["ppl"][key] == pytest.approx(perplexity(model, words, 64).ppl, rel=1e-4)
+        assert report["ppl"][key] == pytest.approx(perplexity(model, tokens(900, seed=2), 64).ppl, rel=1e-4)
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -1429,9 +1317,8 @@ def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(scri
         assert found == pytest.approx(report["ppl"]["compressed"], rel=1e-4)
     words = ["--ratio", "0.3", "0.5", "--eval", report["eval"]["data"], "--out", "two"]
     for flag in {*FLAGS[script].split()} - {"ratio", "eval", "out"}:
-        value = report[flag]
-        if value not in (None, False):
-            words += ["--" + flag.replace("_", "-"), *([] if value is True else [str(value)])]
+        if report[flag] not in (None, False):
+            words += ["--" + flag.replace("_", "-"), *([] if report[flag] is True else [str(report[flag])])]
     assert command(script, words)[0] == 0
     again = metrics(tmp_path / "two" / "0.5")
     assert (again["ppl"], again["layers"]) == (report["ppl"], report["layers"])
@@ -1445,12 +1332,12 @@ def test_without_out_a_run_takes_a_name_that_no_other_has(command, tmp_path):
 
 # ---- bad input: one line that names it, and nothing written -------------------------------------------
 
-CONFIGS = {"gptq": ("quantization_config", {"quant_method": "gptq", "bits": 4, "group_size": 32}),
-           "awq": ("quantization_config", {"quant_method": "awq", "bits": 4}), "blockless": ("n_layer", 0),
-           "bnb": ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
-           "width": ("n_embd", "wide"), "heads": ("n_head", 2.5), "layers": ("n_layer", [2]),
-           "epsilon": ("layer_norm_epsilon", "x"), "negative": ("n_layer", -1), "wordless": ("vocab_size", 0),
-           "unheard": ("model_type", "unheard"), "number": ("model_type", 3)}
+QUANTIZED = [{"quant_method": "gptq", "bits": 4, "group_size": 32}, {"quant_method": "awq", "bits": 4},
+             {"quant_method": "bitsandbytes", "load_in_4bit": True}]
+CONFIGS = {"width": ("n_embd", "wide"), "heads": ("n_head", 2.5), "layers": ("n_layer", [2]),
+           "blockless": ("n_layer", 0), "epsilon": ("layer_norm_epsilon", "x"), "negative": ("n_layer", -1),
+           "wordless": ("vocab_size", 0), "unheard": ("model_type", "unheard"), "number": ("model_type", 3)}
+CONFIGS |= {quantized["quant_method"]: ("quantization_config", quantized) for quantized in QUANTIZED}
 TENSORS = {"nan": lambda tensors: tensors["transformer.h.1.mlp.c_fc.weight"][3, 4].fill_(math.nan),
            "loud": lambda tensors: tensors["transformer.h.1.mlp.c_proj.weight"].fill_(1e38),
            "partial": lambda tensors: tensors.pop("transformer.h.1.attn.c_proj.weight")}
@@ -1463,16 +1350,15 @@ def bad(house, saved, tmp_path_factory):
     """A folder of models and texts that cannot be used."""
     root = tmp_path_factory.mktemp("bad")
     for name in BROKEN:
-        shutil.copytree(house / "model", root / name)
-    for name, trick in TRICKS.items():
-        trick(root / name)
-    for name, (key, value) in CONFIGS.items():
-        edit_config(root / name, (key,), value)
-    for name, change in TENSORS.items():
-        edit_tensors(root / name, change)
-    for name, change in WORDS.items():
-        path = root / name / "tokenizer.json"
-        path.write_text(change(path.read_text()))
+        folder = Path(shutil.copytree(house / "model", root / name))
+        if name in TRICKS:
+            TRICKS[name](folder)
+        elif name in CONFIGS:
+            edit_config(folder, CONFIGS[name][:1], CONFIGS[name][1])
+        elif name in TENSORS:
+            edit_tensors(folder, TENSORS[name])
+        else:
+            (folder / "tokenizer.json").write_text(WORDS[name]((folder / "tokenizer.json").read_text()))
     for name, key in (("newer", "format"), ("strange", "method")):
         edit_config(Path(shutil.copytree(saved["soco"][0], root / name)), ("compressed", key), 99)
     shutil.copytree(saved["cap"][0], root / "compressed")
@@ -1484,13 +1370,14 @@ def bad(house, saved, tmp_path_factory):
 
 BAD = {
     "soco.py": """--ratio 0|--ratio 1|--ratio -0.5|--ratio nan|--ratio abc|--ratio|--ratio 0.5 0.3
---ratio 0.99|--rati 0.5|--batch-size 200000000|--metric-batches 200000000|--seqlen=--|--seqlen 1e3|--steps=--
---batch-size 0|--seqlen 65|--eval-seqlen 65|--eval-stride 65|--eval-blocks 0|--seed x|--seed 99999999999999999999
---steps -1|--device tpu9|--device meta|--device cuda:99|--device-map nowhere|--device-map {|--steps 1.5
---dtype float12|--lr 0|--basis diagonal|--rank-multiple 0|--rounds 3|--pattern 2:4|--overwrite|--out {bad}/newer
---out {bad}/short|--out {bad}/short/new|--calib {bad}/short|--eval {bad}/short|--calib {bad}/nowhere|--calib {bad}/binary
---calib {bad}/empty|--calib wikitext2|--eval {house}/train|--model nobody/none|--model no/such/folder
---model {bad}/compressed|--model {bad}/empty|WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
+--ratio 0.99|--rati 0.5|--batch-size 200000000|--metric-batches 200000000|--seqlen=--|--seqlen 1e3
+--steps=--|--batch-size 0|--seqlen 65|--eval-seqlen 65|--eval-stride 65|--eval-blocks 0|--seed x
+--seed 99999999999999999999|--steps -1|--device tpu9|--device meta|--device cuda:99|--device-map nowhere
+--device-map {|--steps 1.5|--dtype float12|--lr 0|--basis diagonal|--rank-multiple 0|--rounds 3
+--pattern 2:4|--overwrite|--out {bad}/newer|--out {bad}/short|--out {bad}/short/new|--calib {bad}/short
+--eval {bad}/short|--calib {bad}/nowhere|--calib {bad}/binary|--calib {bad}/empty|--calib wikitext2
+--eval {house}/train|--model nobody/none|--model no/such/folder|--model {bad}/compressed|--model {bad}/empty
+WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
     "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--steps 3|--estimator luck
 --ratio 0.5 0.3|--out {bad}/newer|--calib {bad}/short|--metric-batches 200000000""",
     "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--blocks 0|--blocks=--|--eval {bad}/short
