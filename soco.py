@@ -819,8 +819,9 @@ class CompressedForCausalLM(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)
-AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
+if __name__ != "__main__":                           # a script imports itself as a module (last lines)
+    AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -889,7 +890,8 @@ def save(model, folder):
 def load(folder, **options):
     """The compressed model in a folder; options as for from_pretrained: dtype, device_map, ...
 
-    Only safetensors is read. Raises ValueError where the folder is not what was saved.
+    Only safetensors is read. Raises ValueError where the folder is not what was saved, SafetensorError where
+    a file of it is torn.
     """
     stored = json.loads(Path(folder, "config.json").read_text())
     if not isinstance(stored, dict) or stored.get("model_type") != CompressedConfig.model_type:
@@ -992,10 +994,10 @@ def out_folders(args, method, stack):
     name = "demo" if args.model == BUNDLED else re.sub(r"[^\w.-]+", "-", Path(args.model).name)[:100]
     places = {}
     for ratio in args.ratio if os.environ.get("RANK", "0") == "0" else ():
-        if args.out:
+        if args.out is not None:
             folder = args.out if len(args.ratio) == 1 else os.path.join(args.out, f"{ratio:g}")
             places[ratio] = stack.enter_context(reserved(folder))
-        for number in itertools.count(1) if not args.out else ():
+        for number in itertools.count(1) if args.out is None else ():
             folder = os.path.join("out", f"{name}-{method}-{ratio:g}" + (f"-{number}" if number > 1 else ""))
             with contextlib.suppress(FileExistsError):
                 places[ratio] = stack.enter_context(reserved(folder, new=True))

@@ -1,7 +1,7 @@
-"""SparseGPT and OATS on one matrix at a time, as short as they go; magnitude and Wanda are in rpca.py.
+"""SparseGPT and OATS on one matrix at a time; magnitude and Wanda are in rpca.py.
 
-All see what CAP sees: the dense weight W [m, n] and G [n, n], the Gram matrix of the dense model's own inputs
-(the papers feed each block the outputs of the pruned blocks before it; here all share one pass).
+All see what CAP sees: the weight W [m, n], and G [n, n], the Gram matrix of the dense model's own inputs (in
+the papers each block sees the outputs of the pruned blocks before it).
 """
 import torch
 
@@ -47,14 +47,13 @@ def sparsegpt(W, G, ratio, damping=0.01, block=128):
 
 
 def oats(W, G, ratio, rank_share=0.25, rounds=80):
-    """OATS (Zhang & Papyan 2025, arXiv 2409.13652): a truncated SVD and a row-wise hard threshold of W D in turn.
+    """OATS (Zhang & Papyan 2025, arXiv 2409.13652): truncated SVD and row-wise hard threshold of W D in turn.
 
-    D [n]: root mean square of the inputs; rank_share: of the parameters kept, for the low-rank part. The truncated
-    SVD is one step of subspace iteration a round, from the round before.
+    D [n]: root mean square of the inputs. rank_share: of the parameters kept, for the low-rank part. The SVD
+    is one step of subspace iteration from the round before.
     """
     (m, n), D = W.shape, G.diagonal().sqrt()
-    A = W * D
-    rank = int(rank_share * share(ratio, m * n) / (m + n))
+    A, rank = W * D, int(rank_share * share(ratio, m * n) / (m + n))
     S, V = torch.zeros_like(A), torch.linalg.svd(A, full_matrices=False)[2][:rank].T
     for _ in range(rounds):
         U = torch.linalg.qr((A - S) @ V)[0]

@@ -1,11 +1,11 @@
-"""What a run would need: memory by arithmetic, without loading a weight; time from parts timed on this device.
+"""What a run would need: memory by arithmetic, no weight loaded; time from parts timed on this device.
 
     python bench/plan.py --model FOLDER_OR_SHAPE --memory 24       # GB (1e9 bytes) of one device
     python bench/plan.py --model llama-7b --time 4                 # 1 and 4 random blocks, scaled up to all
     python bench/plan.py --table                                   # known shapes on 24 and 80 GB
 
-Memory: weights, factors or drafts, the metric's sums over a group of blocks, and what a forward pass keeps for
-its backward pass. Not planned: the policy gradient, and what several processes send each other.
+Memory: weights, factors or drafts, the metric's sums over a group of blocks, what a forward pass keeps for
+the backward pass. Not planned: the policy gradient, and what several processes send each other.
 """
 import sys
 import tempfile
@@ -40,35 +40,36 @@ def memory(name, dtype, args, device):
     with FakeTensorMode():
         model, size = build(name, dtype, "cpu"), dtype.itemsize
         layers, ids = soco.block_layers(model), torch.zeros(args.batch_size, args.seqlen, dtype=torch.long)
-        shapes, blocks = [soco.matrix(layer).shape for layer in layers.values()], model.config.num_hidden_layers
-        factors = [[torch.empty(side) for side in ((m, min(m, n)), min(m, n), (min(m, n), n))] for m, n in shapes]
-        scored = {layer: soco.ScoredLinear(layer, *three) for layer, three in zip(layers.values(), factors)}
+        shapes = [soco.matrix(layer).shape for layer in layers.values()]
+        decomposed = {layer: torch.linalg.svd(soco.matrix(layer).float(), False) for layer in layers.values()}
+        scored = {layer: soco.ScoredLinear(layer, *factors) for layer, factors in decomposed.items()}
         logits = ids.numel() * model.get_output_embeddings().weight.shape[0]
         with soco.frozen(model), soco.swapped(model, scored):         # logits, gradient; rows of KLDivergence
             step = kept(model, ids) + 3 * size * logits + 3 * 4 * logits // len(ids)
-        with soco.frozen(model):                                      # inputs of layers; probabilities, their sums
+        with soco.frozen(model):                                      # inputs of layers, probabilities
             model.get_input_embeddings().weight.requires_grad_()
-            metric = kept(model, ids) + size * ids.numel() * sum(n for _, n in shapes) + (size + 8) * logits
+            read = size * ids.numel() * sum(n for _, n in shapes)
+            metric = kept(model, ids) + read + (size + 8) * logits
     weights, entries = size * sum(p.numel() for p in model.parameters()), sum(m * n for m, n in shapes)
-    factors, inputs = size * sum(min(m, n) * (m + n) for m, n in shapes), 4 * sum(n * n for _, n in shapes)
-    sums, free = inputs + 4 * sum(m * m for m, _ in shapes), max(device - weights, 0)
-    firsts = range(0, blocks, max(int(free / 3 / sums * blocks), 1))  # the first blocks of the metric's groups
+    inputs, sums = 4 * sum(n * n for _, n in shapes), 4 * sum(m * m + n * n for m, n in shapes)
+    blocks, free = model.config.num_hidden_layers, max(device - weights, 0)
+    firsts = range(0, blocks, max(int(free / 3 / sums * blocks), 1))  # first blocks of the metric's groups
+    factors = size * sum(min(m, n) * (m + n) for m, n in shapes)
+    factor = max(8 * (2 * m * m + 2 * n * n + 6 * m * n + 5 * min(m, n) ** 2) for m, n in shapes)
     drafts = 2 * size * entries + min(inputs, free / 2)
 
-    def measuring(after, during):                                     # bytes over all blocks, a group at a time
+    def measuring(after, during):                                     # one group at a time
         return max(first * after + min(firsts.step, blocks - first) * during for first in firsts) / blocks
 
-    factor = max(8 * (2 * m * m + 2 * n * n + 6 * m * n + 5 * min(m, n) ** 2) for m, n in shapes)
-    refit = max(8 * n * n + 36 * m * n for m, n in shapes)
-    phases = {"weights": 0, "SoCo, metric": max(measuring(factors, sums) + max(metric, factor), factors + metric),
-              "SoCo, learning": factors + step, "CAP, choice": drafts + refit,
-              "CAP, metric": measuring(drafts, sums + 4 * entries) + metric}
+    phases = {"weights": 0, "SoCo, learning": factors + step,
+              "SoCo, metric": max(measuring(factors, sums) + max(metric, factor), factors + metric),
+              "CAP": metric + max(measuring(drafts, sums + 4 * entries), drafts)}
     return {phase: weights + more for phase, more in phases.items()}, len(firsts)
 
 
 def timed(args, dtype, device, blocks):
     """Seconds of the parts of a run of soco.py, for one batch and one step, on so many blocks."""
-    model = build(args.model, dtype, device, num_hidden_layers=blocks)
+    model = build(args.model, dtype, device, blocks)
     known = model.get_input_embeddings().num_embeddings
     ids = torch.randint(known, (args.batch_size, args.seqlen), device=device)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,19 +103,18 @@ def main():
     add("--time", type=whole(2), help="blocks to time parts on, on CUDA if there is one")
     add("--table", action="store_true", help="known shapes on 24 and 80 GB")
     args = parser.parse_args()
-    dtype, header = getattr(torch, args.dtype), None
+    dtype = getattr(torch, args.dtype)
+    print("| GB | device | weights | SoCo, learning | SoCo, metric | CAP | fits |\n" + "| --- " * 7 + "|")
     for name in SHAPES if args.table else [args.model]:
         for size in (24, 80) if args.table else [args.memory]:
             found, passes = memory(name, dtype, args, 1e9 * size)
-            if not header:
-                header = print("| | device, GB | " + " | ".join(found) + " | fits |\n" + "| --- " * 8 + "|") or 1
-            fits = [method for method in ("SoCo", "CAP")
-                    if max(need for phase, need in found.items() if method in phase) < 1e9 * size]
-            cells = " | ".join(f"{need / 1e9:.1f}" for need in found.values())
-            print(f"| {name} | {size:g} | {cells} | {' and '.join(fits) or 'neither'} |")
+            need = {"SoCo": max(found["SoCo, metric"], found["SoCo, learning"]), "CAP": found["CAP"]}
+            fits = " and ".join(method for method in need if need[method] < 1e9 * size) or "neither"
+            cells = " | ".join(f"{part / 1e9:.1f}" for part in found.values())
+            print(f"| {name} | {size:g} | {cells} | {fits} |")
     if args.time:
         account(args, dtype, pick_device("auto"), passes)
 
 
 if __name__ == "__main__":
-    run(main, soco.CannotCompress)
+    run(main, soco.CannotCompress, OSError)

@@ -2,8 +2,8 @@
 
     python bench/prices.py --model FOLDER --matrices 40 --out prices.png
 
-Predicted: half the sum of the prices of what is dropped, in nats a token, by K-FAC (sigma^2 of a component,
-R_ii G_jj W_ij^2 of an entry) and by Fisher information. Measured: KL(dense || changed) on other calibration text.
+Predicted: half the sum of the prices of what is dropped, nats a token, by K-FAC (sigma^2 of a component, and
+R_ii G_jj W_ij^2 of an entry) and by Fisher information. Measured: KL(dense || changed), held-out calibration.
 """
 import sys
 from pathlib import Path
@@ -20,36 +20,16 @@ HELD_OUT, PARTS = 2, (2, 4, 8)       # batches to measure on; one in so many com
 
 
 def changes(draft, student, sigma_squared):
-    """Yield (kind, changed layer, predictions); the last components are dropped, or the smallest entries."""
+    """Yield (kind, changed layer, [prediction of K-FAC, of Fisher information])."""
     layer, W = draft.layer, soco.matrix(draft.layer).float()
     kfac = draft.rows.square()[:, None] * draft.columns.square()
     for part in PARTS:
-        student.kept[:] = 1
-        student.kept[-(len(student.kept) // part):] = 0
-        yield "components", student, [((1 - student.kept) * F).sum() / 2 for F in (sigma_squared, student.price)]
+        last = len(student.kept) // part
+        student.kept[:-last], student.kept[-last:] = 1, 0
+        yield "components", student, [price[-last:].sum() / 2 for price in (sigma_squared, student.price)]
         drop = W.abs() <= W.abs().flatten().kthvalue(W.numel() // part).values
         pruned = soco.dense_like(layer, W.masked_fill(drop, 0), layer.bias)
-        yield "entries", pruned, [(W.square() * drop * F).sum() / 2 for F in (kfac, draft.price)]
-
-
-def measure(model, layers, batches):
-    """{kind: [[K-FAC, Fisher, measured], ...]} of every change of every layer."""
-    scored, found = {}, {"components": [], "entries": []}
-    held_out, batches = torch.cat(batches[:HELD_OUT]).to(soco.input_device(model)), batches[HELD_OUT:]
-
-    def decompose(layer, metric):
-        scored[layer] = soco.ScoredLinear(layer, *soco.decompose(layer, metric, "two-sided"))
-
-    drafts = rpca.drafted(model, layers, batches, progress=True, visit=decompose)
-    sigma_squared = {layer: student.price.clone() for layer, student in scored.items()}
-    soco.set_prices(model, scored, batches, progress=True)
-    dense = model(held_out, use_cache=False).logits
-    for draft in soco.bar(drafts, True, desc="measure", unit="matrix"):
-        for kind, new, predicted in changes(draft, scored[draft.layer], sigma_squared[draft.layer]):
-            with soco.swapped(model, {draft.layer: new}):
-                loss = soco.KLDivergence.apply(dense, model(held_out, use_cache=False).logits)
-            found[kind].append([*map(float, predicted), float(loss)])
-    return found
+        yield "entries", pruned, [(W.square() * drop * price).sum() / 2 for price in (kfac, draft.price)]
 
 
 @torch.no_grad()
@@ -59,20 +39,35 @@ def main():
     parser.add_argument("--matrices", type=whole(1), default=40, help="at most so many, evenly spread")
     args = parser.parse_args()
     model, _, calibration, _ = soco.read_inputs(args, *soco.check_run(args))
-    layers = list(soco.block_layers(model).items())
+    layers, scored = list(soco.block_layers(model).items()), {}
     batches = soco.sample_batches(calibration, args, HELD_OUT + args.metric_batches)
-    found = measure(model, dict(layers[::-(-len(layers) // args.matrices)]), batches)
+    held_out, batches = torch.cat(batches[:HELD_OUT]).to(soco.input_device(model)), batches[HELD_OUT:]
+
+    def decompose(layer, metric):
+        scored[layer] = soco.ScoredLinear(layer, *soco.decompose(layer, metric, "two-sided"))
+
+    layers = dict(layers[::-(-len(layers) // args.matrices)])
+    drafts = rpca.drafted(model, layers, batches, progress=True, visit=decompose)
+    sigma_squared = {layer: student.price.clone() for layer, student in scored.items()}
+    soco.set_prices(model, scored, batches, progress=True)
+    dense, found = model(held_out, use_cache=False).logits, {"components": [], "entries": []}
+    for draft in drafts:
+        for kind, new, predicted in changes(draft, scored[draft.layer], sigma_squared[draft.layer]):
+            with soco.swapped(model, {draft.layer: new}):
+                loss = soco.KLDivergence.apply(dense, model(held_out, use_cache=False).logits)
+            found[kind].append([*map(float, predicted), float(loss)])
+
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 4.5), sharex=True, sharey=True)
     for column, (axes, price) in enumerate(zip(panels, ("K-FAC", "Fisher information"))):
         for (kind, points), marker in zip(found.items(), "o+"):
             predicted, loss = torch.tensor(points).clamp_min(1e-9).T[[column, 2]]
             rank = torch.stack([predicted, loss]).argsort().argsort().double().corrcoef()[0, 1]
-            label = f"{kind}: rank correlation {rank:.3f}, spread {(loss / predicted).log10().std():.3f} decades"
-            print(f"{price}, {len(points)} {label}")
-            axes.loglog(predicted, loss, marker, color="black", markersize=4, fillstyle="none", label=label)
+            spread = (loss / predicted).log10().std()
+            print(f"{price}, {len(points)} {kind}: rank correlation {rank:.3f}, spread {spread:.3f} decades")
+            axes.loglog(predicted, loss, marker, color="black", markersize=4, fillstyle="none", label=kind)
         axes.axline((1e-3, 1e-3), (1e-2, 1e-2), color="gray", linewidth=0.5)
-        axes.set(xlabel=f"nats a token, predicted by {price}", ylabel="measured")
-        axes.legend(fontsize=7)
+        axes.set(xlabel=f"loss predicted by {price}, nats a token", ylabel="measured")
+    axes.legend()
     figure.savefig(args.out or "prices.png", dpi=110, bbox_inches="tight")
 
 

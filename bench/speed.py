@@ -5,16 +5,16 @@
     python bench/speed.py --shape llama-7b --blocks 8 --seqlen 2048    # random weights
 
 Prefill is a forward pass of a batch. Decoding is generate of transformers with a static cache, batch 1, from
-one token; compiled: as CUDA graphs. Low rank: random factors of the rank that the ratio leaves a matrix.
+one token, and the same as CUDA graphs. Low rank: random factors of the rank that the ratio leaves a matrix.
 """
 import collections
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch.utils.benchmark import Timer, timer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,16 +23,19 @@ import rpca
 import soco
 from eval_ppl import Parser, add_model_flags, between, load_model, pick_device, pick_dtype, run, whole
 
-SHAPES = {name: {"hidden_size": width, "intermediate_size": middle, "num_hidden_layers": blocks,
-                 "num_attention_heads": width // 128, "num_key_value_heads": heads}
-          for name, width, middle, blocks, heads in [("llama-7b", 4096, 11008, 32, 32), (
-              "llama-13b", 5120, 13824, 40, 40), ("llama-70b", 8192, 28672, 80, 8)]}
+SHAPES = {"llama-7b": (4096, 11008, 32, 32), "llama-13b": (5120, 13824, 40, 40),
+          "llama-70b": (8192, 28672, 80, 8)}        # width, width in the MLP, blocks, key heads
 
 
-def build(name, dtype, device, **changes):
+def build(name, dtype, device, blocks=None):
     """A model of random weights, of a name in SHAPES or of the config of a folder or hub id."""
-    config = AutoConfig.from_pretrained(name, **changes) if name not in SHAPES else AutoConfig.for_model(
-        "llama", **SHAPES[name] | changes)
+    if name in SHAPES:
+        width, middle, depth, heads = SHAPES[name]
+        config = AutoConfig.for_model(
+            "llama", hidden_size=width, intermediate_size=middle, num_hidden_layers=blocks or depth,
+            num_attention_heads=width // 128, num_key_value_heads=heads)
+    else:
+        config = AutoConfig.from_pretrained(name, **{"num_hidden_layers": blocks} if blocks else {})
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
@@ -45,7 +48,7 @@ def seconds(call):
 
 @torch.no_grad()
 def speeds(model, ids, tokens=64):
-    """Seconds of a prefill, of a decoded token, of a compiled one (NaN without CUDA), and resident bytes."""
+    """Seconds of a prefill, of a decoded token, of one by CUDA graphs (NaN without CUDA); resident bytes."""
     def decoding(**how):
         torch.compiler.reset()
         return seconds(lambda: model.generate(
@@ -64,24 +67,30 @@ def low_rank(layer, ratio):
 
 
 def parts(model, ids, steps=20):
-    """Seconds of the parts of soco.compress, for one batch and one step. The model is compressed by it."""
+    """Seconds of the parts of soco.compress, for one batch and one step; it compresses the model."""
     found = collections.Counter()
 
-    def clocked(name, function):
+    def clocked(function):
         def call(*args, **settings):
             start = timer()                                           # waits for the device
             result = function(*args, **settings)
-            found[name] += (timer() - start) / (steps if name == "learn" else 1)
+            found[function.__name__] += timer() - start
             return result
         return call
 
     names = ("collect_metric", "decompose", "set_prices", "learn")
-    with mock.patch.multiple(soco, **{name: clocked(name, getattr(soco, name)) for name in names}):
+    with mock.patch.multiple(soco, **{name: clocked(getattr(soco, name)) for name in names}):
         soco.compress(model, [ids], 0.5, steps)
-    return found
+    return found | {"learn": found["learn"] / steps}
 
 
-def full_svd(A, tau, nearby=None):
+def dense_step(model, ids):
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    model.zero_grad()
+
+
+def textbook(A, tau, nearby=None):
+    """rpca.singular_value_threshold by a full singular value decomposition."""
     U, sigma, V = torch.linalg.svd(A, full_matrices=False)
     return U, (sigma - tau.squeeze(-1)).clamp_min(0), V
 
@@ -98,37 +107,26 @@ def main():
     add("--seqlen", type=whole(2), default=256, help="likewise")
     args = parser.parse_args()
     device = pick_device(args.device)
-    dtype, blocks = pick_dtype(args.dtype, device), {"num_hidden_layers": args.blocks} if args.blocks else {}
-
-    def load(name):
-        return load_model(name, device, dtype, args.device_map, revision=args.revision,
-                          trust_remote_code=args.trust_remote_code)[0]
-
-    model = build(args.shape, dtype, device, **blocks) if args.shape else load(args.model)
+    dtype, code = pick_dtype(args.dtype, device), {"trust_remote_code": args.trust_remote_code}
+    load = partial(load_model, device=device, dtype=dtype, device_map=args.device_map, **code)
+    shape = build(args.shape, dtype, device, args.blocks) if args.shape else None
+    model = shape or load(args.model, revision=args.revision)[0]
     layers, embeddings = soco.block_layers(model).values(), model.get_input_embeddings()
     ids = torch.randint(embeddings.num_embeddings, (args.batch_size, args.seqlen), device=device)
     print(vars(args), torch.cuda.get_device_name(device) if ids.is_cuda else "CPU")
-    heads = " ".join(f"{head:>17}" for head in ("prefill, ms", "a token, ms", "compiled, ms"))
-    print(f"{'(times dense speed)':20} {heads} tokens/s       MB")
-    rows = {"dense": speeds(model, ids)} | {name: speeds(load(name), ids) for name in args.compressed}
+    print("(times dense speed)        prefill, ms       a token, ms   CUDA graph, ms tokens/s       MB")
+    rows = {"dense": speeds(model, ids)} | {name: speeds(load(name)[0], ids) for name in args.compressed}
     with soco.swapped(model, {layer: low_rank(layer, args.ratio) for layer in layers}):
         rows["low rank"] = speeds(model, ids)
     for label, found in rows.items():
         cells = " ".join(f"{1e3 * t:8.2f} ({dense / t:6.2f})" for t, dense in zip(found[:3], rows["dense"]))
-        print(f"{label:20} {cells} {1 / min(found[1:3]):8.1f} {found[3] / 1e6:8.1f}", flush=True)
-
+        print(f"{label:20} {cells} {1 / min(found[1:3]):8.1f} {found[3] / 1e6:8.1f}")
     W = max(map(soco.matrix, layers), key=torch.numel)[:2048, :2048].float()
-    ours, penalty = seconds(lambda: rpca.rpca(W, tol=0, max_iter=10)), W.numel() / 4 / W.abs().sum().item()
-    with mock.patch.object(rpca, "singular_value_threshold", full_svd):       # and a held penalty: the textbook
-        textbook = seconds(lambda: rpca.rpca(W, penalty=penalty, tol=0, max_iter=10))
-    print(f"ten iterations of rpca, {tuple(W.shape)}: {ours:.3f} s, {textbook / ours:.1f} times textbook speed")
-
-    def dense_step():
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
-        model.zero_grad()
-
-    unit = seconds(dense_step)
+    ours = seconds(lambda: rpca.rpca(W, tol=0, max_iter=10))
+    with mock.patch.object(rpca, "singular_value_threshold", textbook):
+        book = seconds(lambda: rpca.rpca(W, penalty=0.25 / W.abs().mean().item(), tol=0, max_iter=10))
+    print(f"ten iterations of rpca, {tuple(W.shape)}: {ours:.3f} s, {book / ours:.1f} times textbook speed")
+    unit = seconds(partial(dense_step, model, ids))
     found = ", ".join(f"{part} {time / unit:.2f}" for part, time in parts(model, ids).items())
     print(f"in forward and backward passes of {unit:.3f} s, for one batch or step: {found}")
 
