@@ -446,29 +446,31 @@ def add_gram(sums, name, x):
 def measured(model, layers, batches, progress=False, room=None, also=lambda name, x, g: None):
     """(name, layer, Metric) of `layers` {name: layer}, one after the other.
 
-    Collected in groups of blocks whose sums fit in `room` bytes (default: a third of what is free on the
-    device that has least), one pass over `batches` a group; its sums are let go before the next begins.
+    Collected in groups of blocks, one pass over `batches` a group, whose sums, and what is made of them, fit
+    in `room` bytes (default: a third of what is free then on the device that has least); they are let go
+    before the next group.
     """
-    if room is None:
-        room = min(free_memory(device) for device in {layer.weight.device for layer in layers.values()}) // 3
-    groups, size = [{}], 0
-    for _, names in itertools.groupby(layers, lambda name: re.match(r".*?\.\d+\.|", name)[0]):
-        block = {name: layers[name] for name in names}
-        need = sum(4 * side ** 2 for layer in block.values() for side in layer.weight.shape)
-        if groups[-1] and size + need > room:
-            groups, size = [*groups, {}], 0
-        groups[-1].update(block)
-        size += need
-    for group in groups:
+    def need(names):
+        return sum(4 * (m * m + n * n + m * n) for m, n in (layers[name].weight.shape for name in names))
+
+    by_block = itertools.groupby(layers, lambda name: re.match(r".*?\.\d+\.|", name)[0])
+    blocks = [list(names) for _, names in by_block]
+    while blocks:
+        left = room or min(free_memory(layer.weight.device) for layer in layers.values()) // 3
+        group = {}
+        while blocks and (not group or need(blocks[0]) <= left):
+            left -= need(blocks[0])
+            group |= {name: layers[name] for name in blocks.pop(0)}
         metrics = collect_metric(model, group, batches, progress, also)
         for name, layer in group.items():
             yield name, layer, metrics.pop(name)
 
 
 def free_memory(device):
-    """Bytes free on a device."""
+    """Bytes free on a device; what torch holds in reserve counts."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2 ** 34
 
 
