@@ -37,8 +37,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from soco import (KINDS, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
-                  block_layers, check_run, dense_like, free_memory, frozen, input_device, install, load,
-                  matrix, measured, out_folders, read_inputs, sample_batches, save, swap, swapped)
+                  block_layers, check_run, dense_like, free_memory, frozen, input_device, install,
+                  keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches, save, swap,
+                  swapped)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -275,6 +276,7 @@ def pack(S):
 
 
 KINDS["LowRankPlusSparse"], PACKERS["LowRankPlusSparse"] = LowRankPlusSparse, pack
+keep_source(LowRankPlusSparse)
 
 
 def low_rank_plus_sparse(U, V, S, bias, like):

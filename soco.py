@@ -182,10 +182,10 @@ class ScoredLinear(nn.Module):
     def finish(self):
         """The layer to store: LowRankLinear of the kept components, or dense where that costs no more."""
         index, S = self.kept.nonzero()[:, 0].to(self.U.device), self.S.detach().to(self.U.device)
-        U, V = self.U[:, index].float() * S[index], self.V[index]
+        U, V = self.U[:, index].to(S) * S[index], self.V[index].to(S)
         bias = None if self.layer.bias is None and not self.d.any() else self.bias().detach()
         if U.numel() + V.numel() >= self.layer.weight.numel():
-            return dense_like(self.layer, U @ V.float(), bias)
+            return dense_like(self.layer, U @ V, bias)
         return low_rank(U, V, bias, like=self.layer.weight)
 
 
@@ -319,8 +319,8 @@ def frozen(model, checkpointing=False):
 
 def enable_checkpointing(model):
     """Switch gradient checkpointing on, for `frozen(model, checkpointing=True)`."""
-    try:
-        model.gradient_checkpointing_enable()
+    try:                                             # transformers' newer name, and its older one
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     except ValueError as error:
         raise CannotCompress(f"{type(model).__name__} has no gradient checkpointing: leave it out") from error
 
@@ -456,8 +456,8 @@ def measured(model, layers, batches, progress=False, room=None, also=lambda name
     by_block = itertools.groupby(layers, lambda name: re.match(r".*?\.\d+\.|", name)[0])
     blocks = [list(names) for _, names in by_block]
     while blocks:
-        left = room or min(free_memory(layer.weight.device) for layer in layers.values()) // 3
-        group = {}
+        free = torch.tensor(min(free_memory(layer.weight.device) for layer in layers.values()))
+        left, group = room or as_the_first([free.to(input_device(model))])[0].item() // 3, {}
         while blocks and (not group or need(blocks[0]) <= left):
             left -= need(blocks[0])
             group |= {name: layers[name] for name in blocks.pop(0)}
@@ -737,10 +737,9 @@ def write_loader(folder):
                           [("AutoConfig", CompressedConfig), ("AutoModelForCausalLM", CompressedForCausalLM)]}
     stored["digest"] = digest(stored)
     (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n")
-    parts = [KINDS[kind] for kind in sorted(kinds)]
-    parts += [compressed_class, replace_layers, digest, CompressedConfig, CompressedForCausalLM]
+    parts = [text for name, text in SOURCES.items() if name in kinds or name not in KINDS]
     names = ", ".join(f'"{kind}": {kind}' for kind in sorted(kinds))
-    source = LOADER + "\n".join(map(inspect.getsource, parts)) + f"\nKINDS, MODEL_BASES = {{{names}}}, ()\n"
+    source = LOADER + "\n".join(parts) + f"\nKINDS, MODEL_BASES = {{{names}}}, ()\n"
     (folder / "compressed.py").write_text(source)
 
 
@@ -821,7 +820,14 @@ class CompressedForCausalLM(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
+def keep_source(*parts):
+    """Remember what compressed.py is made of: a script may be edited while it runs."""
+    SOURCES.update({part.__name__: inspect.getsource(part) for part in parts})
+
+
+SOURCES = {}
 if __name__ != "__main__":                           # a script imports itself as a module (last lines)
+    keep_source(LowRankLinear, compressed_class, replace_layers, digest, CompressedConfig, CompressedForCausalLM)
     AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)
     AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
 
