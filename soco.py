@@ -827,7 +827,8 @@ def keep_source(*parts):
 
 SOURCES = {}
 if __name__ != "__main__":                           # a script imports itself as a module (last lines)
-    keep_source(LowRankLinear, compressed_class, replace_layers, digest, CompressedConfig, CompressedForCausalLM)
+    keep_source(LowRankLinear, compressed_class, replace_layers, digest)
+    keep_source(CompressedConfig, CompressedForCausalLM)
     AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)
     AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
 

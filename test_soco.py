@@ -165,7 +165,6 @@ def command(house, capsys, monkeypatch, tmp_path):
 
 
 # ---- the mathematics ----------------------------------------------------------------------------
-
 def metric_of(basis, m, n, device="cpu"):
     """Random inputs x [60, n] and output gradients g [60, m], and the G and R that a basis takes of them."""
     x, g = random(60, n, seed=3, device=device), random(60, m, seed=4, device=device)
@@ -261,7 +260,6 @@ def assert_near(ours, theirs, tolerance):
 
 
 # ---- the layers ---------------------------------------------------------------------------------
-
 def scored(kind, m, n, basis="plain", device="cpu"):
     """(layer, its ScoredLinear, inputs [4, n]), the weights in float64."""
     layer = make_layer(kind, m, n, device)
@@ -320,7 +318,6 @@ def test_a_scored_layer_is_moved_and_restored_like_any_module():
 
 
 # ---- a model, its metric and its prices ------------------------------------------------------------
-
 @pytest.mark.parametrize("use", ["frozen", "swapped", "perplexity", "collect_metric"])
 def test_a_model_is_left_as_it_was_also_after_an_error(use):
     model, ids = tiny_gpt2(resid_pdrop=0.5), tokens(65)               # one token more than it can read
@@ -432,7 +429,6 @@ def test_a_metric_in_groups_of_blocks_is_the_same_and_one_group_is_held_at_a_tim
 
 
 # ---- learning -----------------------------------------------------------------------------------
-
 def spectrum_of(model, ids, group=1):
     """({layer: ScoredLinear}, their Spectrum, half of their parameters)."""
     students = soco.scored_layers(model, block_layers(model), [ids])
@@ -630,7 +626,6 @@ def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of
 
 
 # ---- architectures --------------------------------------------------------------------------------
-
 ARCHITECTURES = ("gpt2 llama mistral qwen2 qwen3 gemma3_text phi3 opt gpt_neox bloom falcon granite olmo2 "
                  "starcoder2").split()
 SETTINGS = {"soco": {"steps": 2, "group": 1}, "cap": {}}
@@ -676,7 +671,6 @@ def test_dtypes_devices_frozen_flags_and_shared_blocks_are_kept(dtype, method, d
 
 
 # ---- several processes ----------------------------------------------------------------------------
-
 TOGETHER = [("soco.py", "--steps 4"), ("rpca.py", "--rank-share 0.3"), ("rpca.py", "--estimator policy")]
 ONE_AFTER_ANOTHER = """
 import os, runpy, sys, torch
@@ -711,7 +705,6 @@ def test_two_processes_find_what_one_finds(house, command, tmp_path):
 
 
 # ---- perplexity, texts, devices -------------------------------------------------------------------
-
 @pytest.mark.parametrize("blocks", [None, 1, 3])
 @pytest.mark.parametrize("stride", [None, 15, 7, 1])
 def test_perplexity_scores_every_token_once_with_all_the_context_of_its_window(stride, blocks, device):
@@ -805,7 +798,6 @@ def compressed(method, make=tiny_gpt2):
 
 
 # ---- copying and pasting ------------------------------------------------------------------------
-
 COPIED = """
 import runpy, shutil, sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -874,7 +866,6 @@ def test_what_the_readme_lists_works_where_it_is_pasted(name):
 
 
 # ---- a saved folder loads anywhere, and is what was saved or an error -------------------------------
-
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """{method: (folder, logits)} of saved models, with a tokenizer: SoCo's is a GPT-2, CAP's a LLaMA."""
@@ -1035,7 +1026,6 @@ def test_a_folder_is_what_was_saved_or_an_error(method, way, saved, tampered, st
 
 
 # ---- saving: complete or absent -------------------------------------------------------------------
-
 def taken(folder):
     """Whether a folder's name can be reserved."""
     try:
@@ -1168,7 +1158,6 @@ def test_an_interrupt_during_imports_is_silent(script, tmp_path):
 
 
 # ---- the model that is loaded -----------------------------------------------------------------------
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loaded_model_behaves_like_any_other(method, saved, house, tmp_path):
     (folder, expected), read, auto = saved[method], METHODS[method].load, AutoModelForCausalLM.from_pretrained
@@ -1247,7 +1236,6 @@ def test_half_the_parameters_take_at_most_six_tenths_of_the_bytes(method, tmp_pa
 
 
 # ---- the command line -----------------------------------------------------------------------------
-
 MODEL_FLAGS = "model revision trust_remote_code device device_map dtype eval "
 SHARED = MODEL_FLAGS + ("ratio calib same_text seqlen batch_size metric_batches eval_seqlen eval_stride "
                         "eval_blocks no_baselines seed out ")
@@ -1333,7 +1321,6 @@ def test_without_out_a_run_takes_a_name_that_no_other_has(command, tmp_path):
 
 
 # ---- bad input: one line that names it, and nothing written -------------------------------------------
-
 QUANTIZED = [{"quant_method": "gptq", "bits": 4, "group_size": 32}, {"quant_method": "awq", "bits": 4},
              {"quant_method": "bitsandbytes", "load_in_4bit": True}]
 CONFIGS = {"width": ("n_embd", "wide"), "heads": ("n_head", 2.5), "layers": ("n_layer", [2]),
@@ -1416,7 +1403,6 @@ def test_a_defect_keeps_its_traceback(script, place, name, bad, house, command, 
 
 
 # ================================ rpca.py ========================================================
-
 def planted(m, n, seed=0, device="cpu"):
     """(L, S): rank max(min(m, n) // 20, 1), and one entry in twenty."""
     k, size = max(min(m, n) // 20, 1), random(m, n, seed=seed, device=device)
