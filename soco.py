@@ -456,8 +456,9 @@ def measured(model, layers, batches, progress=False, room=None, also=lambda name
     by_block = itertools.groupby(layers, lambda name: re.match(r".*?\.\d+\.|", name)[0])
     blocks = [list(names) for _, names in by_block]
     while blocks:
-        free = torch.tensor(min(free_memory(layer.weight.device) for layer in layers.values()))
-        left, group = room or as_the_first([free.to(input_device(model))])[0].item() // 3, {}
+        free = min(free_memory(layer.weight.device) for layer in layers.values())
+        free, = as_the_first([torch.tensor(free, device=input_device(model))])
+        left, group = room or free.item() // 3, {}
         while blocks and (not group or need(blocks[0]) <= left):
             left -= need(blocks[0])
             group |= {name: layers[name] for name in blocks.pop(0)}
