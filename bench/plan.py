@@ -53,18 +53,22 @@ def memory(name, dtype, args, device):
     weights, entries = size * sum(p.numel() for p in model.parameters()), sum(m * n for m, n in shapes)
     inputs, sums = 4 * sum(n * n for _, n in shapes), 4 * sum(m * m + n * n for m, n in shapes)
     blocks, free = model.config.num_hidden_layers, max(device - weights, 0)
-    firsts = range(0, blocks, max(int(free / 3 / sums * blocks), 1))  # first blocks of the metric's groups
     factors = size * sum(min(m, n) * (m + n) for m, n in shapes)
     factor = max(8 * (2 * m * m + 2 * n * n + 6 * m * n + 5 * min(m, n) ** 2) for m, n in shapes)
     drafts = 2 * size * entries + min(inputs, free / 2)
 
-    def measuring(after, during):                                     # one group at a time
-        return max(first * after + min(firsts.step, blocks - first) * during for first in firsts) / blocks
+    def measuring(after):             # the peak, and the passes; a group is sized when it begins
+        first, peak, passes, group = 0, 0, 0, (sums + 4 * entries) / blocks
+        while first < blocks:
+            step = max(int((free - first * after / blocks) / 3 / group), 1)
+            peak = max(peak, first * after / blocks + min(step, blocks - first) * group)
+            first, passes = first + step, passes + 1
+        return peak, passes
 
     phases = {"weights": 0, "SoCo, learning": factors + step,
-              "SoCo, metric": max(measuring(factors, sums) + max(metric, factor), factors + metric),
-              "CAP": metric + max(measuring(drafts, sums + 4 * entries), drafts)}
-    return {phase: weights + more for phase, more in phases.items()}, len(firsts)
+              "SoCo, metric": max(measuring(factors)[0] + max(metric, factor), factors + metric),
+              "CAP": metric + max(measuring(drafts)[0], drafts)}
+    return {phase: weights + more for phase, more in phases.items()}, measuring(factors)[1]
 
 
 def timed(args, dtype, device, blocks):
