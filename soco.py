@@ -1216,7 +1216,8 @@ def main():
         for ratio in () if args.no_baselines else args.ratio:
             new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
                    for layer, student in scored.items()}
-            report.score("svd_kfac", f"{args.basis} SVD (KFAC-SVD), same share", ratio, new)
+            name = "KFAC-SVD" if args.basis == "two-sided" else f"{args.basis} SVD"
+            report.score("svd_kfac", f"{name}, same share", ratio, new)
             spectrum.keep_best(budget_for(layers, ratio, deviation=False))
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
