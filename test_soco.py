@@ -1164,6 +1164,8 @@ def test_a_loaded_model_behaves_like_any_other(method, saved, house, tmp_path):
     for model in (auto(folder).half().float(), read(folder, dtype=torch.bfloat16).float()):
         assert (logits(model, IDS) - expected).norm() < 0.02 * expected.norm()
     assert read(folder).generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 19)
+    traced = torch.compile(read(folder), backend="aot_eager")
+    torch.testing.assert_close(logits(traced, IDS), expected, rtol=1e-4, atol=1e-4)
     words = pipeline("text-generation", str(folder))("w1 w2", max_new_tokens=3, do_sample=False)
     assert words[0]["generated_text"].startswith("w1 w2")
     auto(folder).save_pretrained(tmp_path / "again")
