@@ -36,6 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# load and save stand here for whoever imports this module
 from soco import (KINDS, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
                   block_layers, check_run, dense_like, free_memory, frozen, input_device, install,
                   keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches, save, swap,

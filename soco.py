@@ -9,8 +9,7 @@ part in rpca.py) starts at 1, and the *deviation* d, an offset of the outputs, a
 to keep KL(dense || compressed) small, and the components that are kept are chosen again and again by what the
 *learned* scores say they are worth,
 
-    F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, one price for the whole
-    model,
+    F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, in one currency,
 
 in three stages of one run:  1 *descend*: the kept share falls from 1 to the target;  2 *swing*: it swings
 around the target, and components dropped too early come back;  3 *polarise*: the choice is final, dropped
