@@ -1,5 +1,4 @@
-"""CAP: robust PCA of every weight matrix into low-rank plus sparse, then one global choice (arXiv
-2505.03801).
+"""CAP: robust PCA of every weight matrix into low-rank plus sparse, one global choice (arXiv 2505.03801).
 
     python rpca.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
