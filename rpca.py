@@ -187,7 +187,7 @@ def keep_most_probable(p, cost, budget):
 
 
 @torch.no_grad()
-def refit(T, S, mask, G, iterations=12, damping=1e-2):
+def refit(T, S, mask, G, iterations=8, damping=1e-2):
     """Values of S on `mask` that bring S x closest to T x: min tr((T - S) G (T - S)^T), all rows at once.
 
     T, S [m, n]: target and start; G [n, n]: Gram matrix of the inputs, to whose diagonal damping * its mean
@@ -350,7 +350,7 @@ class Draft(nn.Module):
         return low_rank_plus_sparse(U, V, self.S, self.layer.bias, like=self.layer.weight)
 
 
-def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=5, scale=True,
+def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=8, scale=True,
              refitted=True, keep=None, seed=0, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
@@ -551,7 +551,7 @@ def main():
     add("--estimator", choices=ESTIMATORS, default="metric", help="of the mask; policy is the paper's")
     add("--rank-share", type=between(0, 1, or_low=True), default=RANK_SHARE,
         help="of the parameters that each matrix may keep, for its low-rank part (metric only)")
-    add("--rounds", type=whole(1, 10 ** 4), default=5, help="of pruning and refitting, or of the policy")
+    add("--rounds", type=whole(1, 10 ** 4), default=8, help="of pruning and refitting, or of the policy")
     add("--no-scale", action="store_true", help="split and choose in the units of W, without the metric")
     add("--no-refit", action="store_true", help="keep the values that stage 1 gave")
     args = parser.parse_args()

@@ -1,9 +1,11 @@
-"""The same text scored twice, by the EleutherAI harness (`pip install lm_eval`) and by eval_ppl.py.
+"""Zero-shot accuracies by the EleutherAI harness (`pip install lm_eval`), and a text that it scores as we do.
 
     python bench/harness.py --model out/FOLDER                                   # compressed or dense
-    python bench/harness.py --model out/FOLDER --tasks arc_easy hellaswag piqa   # accuracies; needs the hub
+    python bench/harness.py --model out/FOLDER --tasks next_passage              # an accuracy, offline
+    python bench/harness.py --model out/FOLDER --tasks arc_easy hellaswag piqa   # accuracies; need the hub
 
-The harness scores every token once, in windows of L tokens after one token of context: eval_ppl.py's sliding
+No multiple-choice task that the harness brings works without a download; `next_passage` is made here, from the
+text. Without --tasks, the text is scored twice, by the harness and by eval_ppl.py. The harness scores every token once, in windows of L tokens after one token of context: eval_ppl.py's sliding
 window of L + 1 tokens with stride L, over the text after the harness's prefix token.
 """
 import json
@@ -19,11 +21,27 @@ import eval_ppl
 LENGTH = 128
 
 
+def next_passage(text, words=24, most=400):
+    """A task of the harness: after the first words of a paragraph, which of four passages follows? The others
+    follow in the next three paragraphs, so that all four are about the same. Chance is 0.25."""
+    from datasets import Dataset
+    lines = [line.split(" ") for line in text.splitlines()]
+    parts = [[" ".join(line[at:at + words]) for at in (0, words)] for line in lines if len(line) >= 2 * words]
+    documents = []
+    for i, (query, _) in enumerate(parts[:-3][:most]):
+        choices = [after for _, after in parts[i:i + 4]]
+        choices[0], choices[i % 4] = choices[i % 4], choices[0]       # the true one stands at i % 4
+        documents.append({"query": query, "choices": choices, "gold": i % 4})
+    return {"task": "next_passage", "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
+            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "query",
+            "doc_to_choice": "choices", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}]}
+
+
 def main():
     parser = eval_ppl.Parser(__doc__)
     eval_ppl.add_model_flags(parser)
     parser.add_argument("--eval", help="text, its test split (default: what the folder was scored on)")
-    parser.add_argument("--tasks", nargs="+", help="tasks of the harness, in place of a text")
+    parser.add_argument("--tasks", nargs="+", help="tasks of the harness, or next_passage")
     args = parser.parse_args()
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
@@ -32,18 +50,20 @@ def main():
     model, tokenizer = eval_ppl.load_model(
         args.model, device, eval_ppl.pick_dtype(args.dtype, device), args.device_map, revision=args.revision,
         trust_remote_code=args.trust_remote_code)
-    if args.tasks:
-        found = simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=args.tasks)["results"]
-        return print(json.dumps(found, indent=1))
     data = args.eval or eval_ppl.default_text(args.model)
     if metrics.is_file() and not args.eval:
         data = json.loads(metrics.read_text())["eval"]["data"]
-    words = eval_ppl.load_text(data, "test").split(" ")[:2000]
+    text = eval_ppl.load_text(data, "test")
+    if args.tasks:
+        tasks = [next_passage(text) if task == "next_passage" else task for task in args.tasks]
+        found = simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=tasks)["results"]
+        return print(json.dumps(found, indent=1))
+    words = text.split(" ")[:2000]
     while len(ids := eval_ppl.encode(tokenizer, " ".join(words))) % LENGTH:      # until it is whole windows
         words.pop()
-    text = Instance("loglikelihood_rolling", {}, (" ".join(words),), 0)
+    whole = Instance("loglikelihood_rolling", {}, (" ".join(words),), 0)
     harness = HFLM(model, tokenizer=tokenizer, max_length=LENGTH)
-    theirs = -harness.loglikelihood_rolling([text], disable_tqdm=True)[0] / len(ids)
+    theirs = -harness.loglikelihood_rolling([whole], disable_tqdm=True)[0] / len(ids)
     ids = torch.cat([torch.tensor([harness.prefix_token_id]), ids])
     ours = eval_ppl.perplexity(model, ids, LENGTH + 1, LENGTH).nll
     print(f"{data}, {len(ids) - 1} tokens: perplexity {math.exp(theirs):.5f} by the harness, "
