@@ -4,8 +4,8 @@
     python bench/ablate.py cap --model FOLDER --calib FILE --eval FILE --eval-blocks 20 --metric-batches 32
     python bench/ablate.py frontier --ratio 0.1 0.2 0.3 0.4 0.5 0.6 0.7
 
-Variants are runs of `compress` itself. Results go to bench/results/TABLE-MODEL-RATIO-SEED.json after each; a
-variant that is there already is not run again.
+Variants are runs of `compress` itself. Results go to bench/results/TABLE-MODEL-SEED.json after each; what is
+there already is not run again, so that a run goes on where it was stopped, and ratios can be added later.
 """
 import copy
 import json
@@ -31,8 +31,8 @@ class Bench:
 
     def __init__(self, args):
         self.args = args
-        self.model, _, self.calibration, self.evaluation = soco.read_inputs(args, *soco.check_run(args))
-        self.batches = soco.sample_batches(self.calibration, args, max(args.steps, args.metric_batches))
+        self.model, _, calibration, self.evaluation = soco.read_inputs(args, *soco.check_run(args))
+        self.batches = soco.sample_batches(calibration, args, max(args.steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]
         inputs = self.model, soco.block_layers(self.model), self.measured_on
         self.metrics = cache(partial(list, soco.measured(*inputs, progress=True)))
@@ -66,12 +66,11 @@ class Bench:
         return {layer: soco.truncated(layer, *soco.decompose(layer, metric, basis), ratio)
                 for _, layer, metric in self.metrics()}
 
-    def perplexities(self, new):
+    def perplexity(self, new):
         length, stride = self.args.eval_seqlen, self.args.eval_stride
         with soco.swapped(self.model, new):
-            test = perplexity(self.model, self.evaluation, length, stride, self.args.eval_blocks)
-            calib = perplexity(self.model, self.calibration, length, blocks=10)
-        return {"ppl": test.ppl, "nll": test.nll, "calib_nll": calib.nll}
+            ppl, nll, _ = perplexity(self.model, self.evaluation, length, stride, self.args.eval_blocks)
+        return {"ppl": ppl, "nll": nll}
 
 
 def finished_at_1(scored):
@@ -117,7 +116,8 @@ TABLES = {        # {variant: (method of Bench, settings)}; gaps are shown over 
     "cap": PRUNED | {"OATS, 20 rounds": ("pruned", {"prune": partial(oats, rounds=20)})}
                   | {variant: ("cap", settings) for variant, settings in CAP.items()},
     "frontier": SVD | {"KFAC-SVD, same share": ("svd", {"basis": "two-sided"}), "CAP": ("cap", {}),
-                       "global choice, no learning": ("soco", {"steps": 0}), "SoCo": ("soco", {})} | PRUNED}
+                       "global choice, no learning": ("soco", {"steps": 0}), "SoCo": ("soco", {}),
+                       "Wanda": PRUNED["Wanda"], "SparseGPT": PRUNED["SparseGPT"]}}
 
 
 def main():
@@ -129,10 +129,9 @@ def main():
     parser.add_argument("--only", default="", help="run only variants whose name holds this")
     args = parser.parse_args()
     bench = Bench(args)
-    settings = {key: value for key, value in vars(args).items() if key not in ("table", "only")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("table", "only", "ratio")}
     settings |= {key: Path(settings[key]).name for key in ("model", "calib", "eval")}
-    ratios = "-to-".join(f"{ratio:g}" for ratio in sorted({args.ratio[0], args.ratio[-1]}))
-    name = re.sub(r"\W+", "-", f"{args.table}-{settings['model']}-{ratios}-{args.seed}")
+    name = re.sub(r"\W+", "-", f"{args.table}-{settings['model']}-{args.seed}")
     path = Path(__file__).parent / "results" / f"{name}.json"
     results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "variants": {}}
     if results["settings"] != settings:
@@ -146,7 +145,7 @@ def main():
         start = time.perf_counter()
         new = make()
         seconds = round(time.perf_counter() - start, 1)
-        variants[variant] = bench.perplexities(new) | {"seconds": seconds}
+        variants[variant] = bench.perplexity(new) | {"seconds": seconds}
         path.write_text(json.dumps(results, indent=1) + "\n")
         gaps = {key: row["nll"] - variants["dense"]["nll"] for key, row in variants.items()}
         ppl, quotient = variants[variant]["ppl"], gaps[variant] / (gaps.get(reference) or math.nan)
@@ -154,10 +153,9 @@ def main():
 
     score("dense", dict, "dense")
     for ratio in args.ratio:
-        at = f" at {ratio:g}" if len(args.ratio) > 1 else ""
+        first, at = next(iter(TABLES[args.table])), f" at {ratio:g}"
         for variant, (method, changes) in TABLES[args.table].items():
-            make = partial(getattr(bench, method), ratio, **changes)
-            score(variant + at, make, next(iter(TABLES[args.table])) + at)
+            score(variant + at, partial(getattr(bench, method), ratio, **changes), first + at)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python bench/harness.py --model out/FOLDER --tasks next_passage              # an accuracy, offline
     python bench/harness.py --model out/FOLDER --tasks arc_easy hellaswag piqa   # accuracies; need the hub
 
-No multiple-choice task that the harness brings works without a download; `next_passage` is made here, from the
-text. Without --tasks, the text is scored twice, by the harness and by eval_ppl.py. The harness scores every token once, in windows of L tokens after one token of context: eval_ppl.py's sliding
-window of L + 1 tokens with stride L, over the text after the harness's prefix token.
+The harness brings no multiple-choice task that works without a download; `next_passage` is made here, of the
+text. Without --tasks the text is scored twice, by the harness and by eval_ppl.py. The harness scores every
+token once, in windows of L tokens after one token of context: eval_ppl.py's sliding window of L + 1 tokens
+with stride L, over the text after the harness's prefix token.
 """
 import json
 import math

@@ -1,7 +1,7 @@
 """Draw the share kept of each matrix, from metrics.json, or perplexity over ratio, from ablate.py's frontier.
 
     python bench/plot.py out/FOLDER/metrics.json bench/allocation.png
-    python bench/plot.py bench/results/frontier-MODEL-0-1-to-0-7-0.json bench/frontier.png
+    python bench/plot.py bench/results/frontier-MODEL-0.json bench/frontier.png
 """
 import json
 import math
