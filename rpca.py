@@ -303,13 +303,14 @@ class Draft(nn.Module):
     dropped, in the units of W.
 
     price [m, n]: E[g_i^2 x_j^2], times S^2 the predicted loss of dropping an entry. rows [m], columns [n]:
-    R^(1/2) and D, the scale in which W is split. G [n, n]: E[x x^T], on the layer's device or in main memory.
+    the roots of R [m] and of G's diagonal, the scale in which W is split. G [n, n]: E[x x^T], on the layer's
+    device or in main memory.
     """
 
     def __init__(self, layer, G, R, price, scale=True):
         super().__init__()
         self.layer, self.G, self.price, self.S = layer, G, price, matrix(layer).clone()
-        moments = [R.diagonal(), G.diagonal().to(R)]
+        moments = [R, G.diagonal().to(R)]
         self.rows, self.columns = (
             (A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A) for A in moments)
         self.m, self.n = self.S.shape
@@ -395,7 +396,7 @@ def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *me
             price = prices.setdefault(name, g.new_zeros(g.shape[1], x.shape[1], dtype=torch.float32))
             price.addmm_(g.float().square().T, x.float().square())
 
-    for name, layer, metric in measured(model, layers, batches, progress, also=see):
+    for name, layer, metric in measured(model, layers, batches, progress, also=see, diagonal_R=True):
         visit(layer, metric)
         if metric.G is not latest[0]:                                 # q, k and v share one
             room -= metric.G.nbytes

@@ -362,7 +362,8 @@ def bar(items, progress, **words):
 
 class Metric(NamedTuple):
     G: torch.Tensor      # E[x x^T] [n, n] float32, of the layer's inputs x at a token
-    R: torch.Tensor      # E[g g^T] [m, m] float32, of the gradients g there of its own and all later losses
+    R: torch.Tensor      # E[g g^T] [m, m] float32, of the gradients g there of its own and all later losses;
+                         # its diagonal [m] alone where that is enough
 
 
 def observe(model, layers, batches, see, progress=False, desc="metric"):
@@ -406,12 +407,12 @@ def draw(p, batch, length):
     return torch.searchsorted(total, (u * total[:, -1])[:, None])[:, 0].clamp_max(p.shape[-1] - 1)
 
 
-def collect_metric(model, layers, batches, progress=False, also=lambda name, x, g: None):
+def collect_metric(model, layers, batches, progress=False, also=lambda name, x, g: None, diagonal_R=False):
     """{name: Metric} of `layers` {name: layer} over `batches` of token ids [batch, length].
 
     The sums, in float32, live where the layer lives; layers that read the same tensor share one G. `also`
-    sees what `observe` shows. Raises CannotCompress for a layer that no token reached, and FloatingPointError
-    for sums that are not finite.
+    sees what `observe` shows. diagonal_R: collect R's diagonal alone. Raises CannotCompress for a layer that
+    no token reached, and FloatingPointError for sums that are not finite.
     """
     G, R, owner, latest = {}, {}, {}, {}
 
@@ -422,7 +423,10 @@ def collect_metric(model, layers, batches, progress=False, also=lambda name, x, 
             latest.update(address=address, name=name, x=x)            # held: no other takes its memory
             add_gram(G, name, x)
         owner[name] = latest["name"]
-        add_gram(R, name, g)
+        if diagonal_R:
+            R[name] = R.get(name, 0) + g.float().square().sum(0)
+        else:
+            add_gram(R, name, g)
 
     tokens = observe(model, layers, batches, see, progress)
     lost = [name for name in layers if name not in R]
@@ -430,7 +434,7 @@ def collect_metric(model, layers, batches, progress=False, also=lambda name, x, 
         raise CannotCompress(f"no calibration token reached layer {lost[0]}: use more calibration text")
     for name, moment in [*G.items(), *R.items()]:
         average(moment.div_(tokens))
-        if not moment.diagonal().sum().isfinite():
+        if not moment.sum().isfinite():
             raise FloatingPointError(f"the inputs or gradients of layer {name} are not finite: use --dtype "
                                      f"float32 or bfloat16")
     return {name: Metric(G[owner[name]], R[name]) for name in layers}
@@ -442,12 +446,12 @@ def add_gram(sums, name, x):
     sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
 
 
-def measured(model, layers, batches, progress=False, room=None, also=lambda name, x, g: None):
+def measured(model, layers, batches, progress=False, room=None, **how):
     """(name, layer, Metric) of `layers` {name: layer}, one after the other.
 
     Collected in groups of blocks, one pass over `batches` a group, whose sums, and what is made of them, fit
     in `room` bytes (default: a third of what is free then on the device that has least); they are let go
-    before the next group.
+    before the next group. how: `also` and `diagonal_R` of `collect_metric`.
     """
     def need(names):
         return sum(4 * (m * m + n * n + m * n) for m, n in (layers[name].weight.shape for name in names))
@@ -461,7 +465,7 @@ def measured(model, layers, batches, progress=False, room=None, also=lambda name
         while blocks and (not group or need(blocks[0]) <= left):
             left -= need(blocks[0])
             group |= {name: layers[name] for name in blocks.pop(0)}
-        metrics = collect_metric(model, group, batches, progress, also)
+        metrics = collect_metric(model, group, batches, progress, **how)
         for name, layer in group.items():
             yield name, layer, metrics.pop(name)
 

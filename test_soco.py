@@ -377,6 +377,7 @@ def test_the_metric_and_the_prices_are_moments_of_what_autograd_finds(make, monk
     layers = block_layers(model)
     monkeypatch.setattr(soco, "draw", label)
     metrics, students = collect_metric(model, layers, batches), soco.scored_layers(model, layers, batches)
+    diagonals = collect_metric(model, layers, batches, diagonal_R=True)
     with swapped(model, watched := {layer: Watched(student) for layer, student in students.items()}):
         for ids in batches:
             found = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
@@ -385,6 +386,7 @@ def test_the_metric_and_the_prices_are_moments_of_what_autograd_finds(make, monk
         x, g, dS = watched[layer].values()
         assert_near(metrics[name].G, x.T @ x / 78, 1e-3)
         assert_near(metrics[name].R, g.T @ g / 78, 1e-3)
+        assert_near(diagonals[name].R, (g ** 2).mean(0), 1e-3)
         assert_near(students[layer].price, dS.square().mean(0), 1e-3)      # (dL/dS)^2, token by token
     if make is tiny_llama:                          # what reads one tensor shares its Gram matrix
         assert len({id(metric.G) for metric in metrics.values()}) == 8
@@ -411,10 +413,10 @@ def test_a_metric_in_groups_of_blocks_is_the_same_and_one_group_is_held_at_a_tim
     at_once = collect_metric(model, layers, batches)
     shapes = [layer.weight.shape for name, layer in layers.items() if ".0." in name]
 
-    def collect(model, group, *rest):
+    def collect(model, group, *rest, **how):
         assert not any(reference() is not None for reference in seen)    # the groups before are let go
         groups.append(sorted({name.split(".")[2] for name in group}))
-        found = collect_metric(model, group, *rest)
+        found = collect_metric(model, group, *rest, **how)
         seen.extend(weakref.ref(moment) for metric in found.values() for moment in metric)
         return found
 
@@ -1669,7 +1671,7 @@ def test_the_worth_of_an_entry_is_the_second_difference_of_the_loss(monkeypatch)
 
 def test_l_is_given_only_where_it_lowers_the_predicted_loss():
     x, g = random(200, 40, seed=8).float(), random(200, 60, seed=9).float()
-    moments = x.T @ x / 200, g.T @ g / 200, (g ** 2).T @ (x ** 2) / 200
+    moments = x.T @ x / 200, (g ** 2).mean(0), (g ** 2).T @ (x ** 2) / 200
     layers = [SimpleNamespace(weight=W.float()) for W in (sum(planted(60, 40)), random(60, 40) ** 3)]
     drafts = [rpca.Draft(layer, *moments) for layer in layers]
     rpca.set_ranks(drafts, 0.5, 0.2, False)

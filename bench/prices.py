@@ -43,11 +43,10 @@ def main():
     batches = soco.sample_batches(calibration, args, HELD_OUT + args.metric_batches)
     held_out, batches = torch.cat(batches[:HELD_OUT]).to(soco.input_device(model)), batches[HELD_OUT:]
 
-    def decompose(layer, metric):
-        scored[layer] = soco.ScoredLinear(layer, *soco.decompose(layer, metric, "two-sided"))
-
     layers = dict(layers[::-(-len(layers) // args.matrices)])
-    drafts = rpca.drafted(model, layers, batches, progress=True, visit=decompose)
+    for _, layer, metric in soco.measured(model, layers, batches, progress=True):
+        scored[layer] = soco.ScoredLinear(layer, *soco.decompose(layer, metric, "two-sided"))
+    drafts = rpca.drafted(model, layers, batches, progress=True)
     sigma_squared = {layer: student.price.clone() for layer, student in scored.items()}
     soco.set_prices(model, scored, batches, progress=True)
     dense, found = model(held_out, use_cache=False).logits, {"components": [], "entries": []}
