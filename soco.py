@@ -504,20 +504,22 @@ LR = 0.02        # of the scores; the random part of Adam's steps costs about lr
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
 POOL = 1.3       # what a budget this much larger would not keep is dropped for good in stages 1 and 2
 STAGES = (0.5, 0.1, 0.4)     # the parts of a run that descend, swing and polarise
+STEPS = 400      # times the ratio: of little that is removed, what can be learned is soon learned
 
 
-def compress(model, batches, ratio=0.5, steps=200, *, basis="two-sided", lr=LR, deviation=True, stages=STAGES,
-             group=8, metric_batches=16, progress=False):
+def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR, deviation=True,
+             stages=STAGES, group=8, metric_batches=32, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
     batches: token ids [batch, length], an iterable; repeated when `steps` need more; the metric is measured
-    on the first `metric_batches`. steps=0 chooses without learning. basis: of the decomposition. group: ranks
-    are multiples of it. Raises CannotCompress before any work for what cannot be met, FloatingPointError for
-    a loss not finite.
+    on the first `metric_batches`. steps: of learning, by default STEPS * ratio; 0 chooses without it. basis:
+    of the decomposition. group: ranks are multiples of it. Raises CannotCompress before any work for what
+    cannot be met, FloatingPointError for a loss not finite.
     """
     batches, layers = list(batches), block_layers(model)
-    deviation = deviation and steps > 0
-    check(layers, batches, ratio, steps, basis, stages, group, deviation)
+    deviation = deviation and steps != 0
+    check(layers, batches, ratio, steps or 0, basis, stages, group, deviation)
+    steps = math.ceil(STEPS * ratio) if steps is None else steps
     scored = scored_layers(model, layers, batches[:metric_batches], basis, progress)
     spectrum, budget = Spectrum(list(scored.values()), group), budget_for(layers, ratio, deviation)
     learn(model, scored, spectrum, batches, budget, steps, lr, deviation, stages, progress=progress)
@@ -1176,24 +1178,26 @@ With {script}.py at hand, `import {script}` first and leave the flag out: no cod
 def main():
     from eval_ppl import Parser, between, whole
     parser = Parser(__doc__)
-    add_run_flags(parser, metric_batches=16)
+    add_run_flags(parser, metric_batches=32)
     add = parser.add_argument
     add("--basis", choices=BASES, default="two-sided", help="of the decomposition; plain is the paper's")
-    add("--steps", type=whole(0, 10 ** 6), default=200, help="of learning, over all stages of all ratios")
+    add("--steps", type=whole(0, 10 ** 6), help=f"of learning, down to the last ratio; each before it has"
+        f" its share of them (default: {STEPS} * the last ratio)")
     add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate for the scores")
     add("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
     add("--no-deviation", action="store_true", help="do not learn the output offsets d")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     args = parser.parse_args()
     device, dtype = check_run(args)
-    steps, deviation = args.steps // len(args.ratio), args.steps > 0 and not args.no_deviation
+    args.steps = math.ceil(STEPS * args.ratio[-1]) if args.steps is None else args.steps
+    deviation = args.steps > 0 and not args.no_deviation
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "soco", stack)
         model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
         layers = block_layers(model)
         batches = sample_batches(calibration, args, max(args.steps, args.metric_batches))
         for ratio in args.ratio:
-            check(layers, batches, ratio, steps, args.basis, STAGES, args.rank_multiple, deviation)
+            check(layers, batches, ratio, args.steps, args.basis, STAGES, args.rank_multiple, deviation)
         if args.gradient_checkpointing:
             enable_checkpointing(model)
         report = Report("soco", args, model, layers, evaluation)
@@ -1224,17 +1228,17 @@ def main():
             spectrum.keep_best(budget_for(layers, ratio, deviation=False))
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
-        start = None
-        for index, ratio in enumerate(args.ratio):                    # each goes on where the last ended
-            budget, unread = budget_for(layers, ratio, deviation), batches[index * steps:]
+        done, start = 0, None
+        for ratio in args.ratio:                                      # each goes on where the last ended
+            budget, until = budget_for(layers, ratio, deviation), round(args.steps * ratio / args.ratio[-1])
             with report.clock("learn"):
-                learn(model, scored, spectrum, unread, budget, steps, args.lr, deviation, start=start,
-                      progress=True)
+                learn(model, scored, spectrum, batches[done:], budget, until - done, args.lr, deviation,
+                      start=start, progress=True)
             install(model, "soco", layers, new := finished(scored))
-            report.score("compressed", f"SoCo, {steps} steps", ratio)
+            report.score("compressed", f"SoCo, {until} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)
             swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
-            start = budget
+            done, start = until, budget
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Bench:
     def __init__(self, args):
         self.args = args
         self.model, _, calibration, self.evaluation = soco.read_inputs(args, *soco.check_run(args))
-        self.batches = soco.sample_batches(calibration, args, max(args.steps, args.metric_batches))
+        steps = args.steps or math.ceil(soco.STEPS * args.ratio[-1])
+        self.batches = soco.sample_batches(calibration, args, max(steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]
         inputs = self.model, soco.block_layers(self.model), self.measured_on
         self.metrics = cache(partial(list, soco.measured(*inputs, progress=True)))
@@ -123,8 +124,8 @@ TABLES = {        # {variant: (method of Bench, settings)}; gaps are shown over 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("table", choices=list(TABLES))
-    soco.add_run_flags(parser, metric_batches=16)
-    parser.add_argument("--steps", type=whole(1), default=200, help="of SoCo's learning")
+    soco.add_run_flags(parser, metric_batches=32)
+    parser.add_argument("--steps", type=whole(1), help="of SoCo's learning")
     parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="of the scores")
     parser.add_argument("--only", default="", help="run only variants whose name holds this")
     args = parser.parse_args()

@@ -88,7 +88,7 @@ def account(args, dtype, device, passes):
     few, more = timed(args, dtype, device, 1), timed(args, dtype, device, args.time)
     blocks, total = build(args.model, dtype, "meta").config.num_hidden_layers, 0
     batches = SCORED / args.batch_size / args.seqlen
-    for part, times in [("load", 1), ("collect_metric", 16), ("set_prices", 16 * passes), ("decompose", 1),
+    for part, times in [("load", 1), ("collect_metric", 32), ("set_prices", 32 * passes), ("decompose", 1),
                         ("learn", 200), ("perplexity", batches), ("save", 1)]:
         each = few[part] + (more[part] - few[part]) * (blocks - 1) / (args.time - 1)
         total += times * each
