@@ -294,6 +294,7 @@ def low_rank_plus_sparse(U, V, S, bias, like):
 
 ESTIMATORS = ("metric", "policy")
 RANK_SHARE = 0.02         # of the parameters that a matrix may keep, for L; more is worse on SmolLM2
+ROUNDS = 8                # of pruning and refitting
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split at once
 
@@ -351,8 +352,8 @@ class Draft(nn.Module):
         return low_rank_plus_sparse(U, V, self.S, self.layer.bias, like=self.layer.weight)
 
 
-def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=8, scale=True,
-             refitted=True, keep=None, seed=0, progress=False):
+def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=ROUNDS,
+             scale=True, refitted=True, keep=None, seed=0, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
     batches: token ids [batch, length], an iterable. estimator: "metric" or "policy" (the paper's).
@@ -552,7 +553,7 @@ def main():
     add("--estimator", choices=ESTIMATORS, default="metric", help="of the mask; policy is the paper's")
     add("--rank-share", type=between(0, 1, or_low=True), default=RANK_SHARE,
         help="of the parameters that each matrix may keep, for its low-rank part (metric only)")
-    add("--rounds", type=whole(1, 10 ** 4), default=8, help="of pruning and refitting, or of the policy")
+    add("--rounds", type=whole(1, 10 ** 4), default=ROUNDS, help="of pruning and refitting, or of the policy")
     add("--no-scale", action="store_true", help="split and choose in the units of W, without the metric")
     add("--no-refit", action="store_true", help="keep the values that stage 1 gave")
     args = parser.parse_args()

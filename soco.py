@@ -689,6 +689,19 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True
         spectrum.keep_best(budget)
 
 
+def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr=LR, deviation=True,
+               progress=False):
+    """Go down through rising `ratios` in one run, `steps` to the last and its share of them to each before;
+    at each, yield (steps so far, {dense layer: layer to store})."""
+    done, start = 0, None
+    for ratio in ratios:
+        budget, until = budget_for(layers, ratio, deviation), round(steps * ratio / ratios[-1])
+        learn(model, scored, spectrum, batches[done:], budget, until - done, lr, deviation, start=start,
+              progress=progress)
+        yield until, finished(scored)
+        done, start = until, budget
+
+
 @torch.no_grad()
 def teacher(model, layers, ids):
     """Logits of the dense layers: the compressed model is its own teacher, and shares all else with it."""
@@ -1228,17 +1241,15 @@ def main():
             spectrum.keep_best(budget_for(layers, ratio, deviation=False))
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
-        done, start = 0, None
-        for ratio in args.ratio:                                      # each goes on where the last ended
-            budget, until = budget_for(layers, ratio, deviation), round(args.steps * ratio / args.ratio[-1])
+        run = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr, deviation,
+                         progress=True)
+        for ratio in args.ratio:
             with report.clock("learn"):
-                learn(model, scored, spectrum, batches[done:], budget, until - done, args.lr, deviation,
-                      start=start, progress=True)
-            install(model, "soco", layers, new := finished(scored))
-            report.score("compressed", f"SoCo, {until} steps", ratio)
+                steps, new = next(run)
+            install(model, "soco", layers, new)
+            report.score("compressed", f"SoCo, {steps} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)
             swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
-            done, start = until, budget
 
 
 if __name__ == "__main__":

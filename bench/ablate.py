@@ -30,19 +30,27 @@ class Bench:
     """A model and its texts. Here `compress` measures and decomposes once, and returns {layer: new one}."""
 
     def __init__(self, args):
-        self.args = args
+        self.args, self.steps = args, args.steps or math.ceil(soco.STEPS * args.ratio[-1])
         self.model, _, calibration, self.evaluation = soco.read_inputs(args, *soco.check_run(args))
-        steps = args.steps or math.ceil(soco.STEPS * args.ratio[-1])
-        self.batches = soco.sample_batches(calibration, args, max(steps, args.metric_batches))
+        self.batches = soco.sample_batches(calibration, args, max(self.steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]
-        inputs = self.model, soco.block_layers(self.model), self.measured_on
-        self.metrics = cache(partial(list, soco.measured(*inputs, progress=True)))
-        self.drafts = cache(partial(rpca.drafted, *inputs, progress=True))
+        self.inputs = self.model, soco.block_layers(self.model), self.measured_on
+        self.metrics = cache(partial(list, soco.measured(*self.inputs, progress=True)))
+        self.drafts = cache(partial(rpca.drafted, *self.inputs, progress=True))
+        decompose = soco.scored_layers
+        self.scored = lru_cache(2)(lambda basis, set_prices: decompose(*self.inputs, basis, progress=True))
+        self.runs = {"SoCo": self.run_of_soco(), "CAP": self.run_of_cap()}
         soco.measured, rpca.drafted = lambda *_: self.metrics(), self.fresh_drafts
-        soco.decompose = lru_cache(2 * len(inputs[1]))(soco.decompose)         # remembers two bases
+        soco.scored_layers = self.fresh_scored
+        soco.decompose = lru_cache(2 * len(self.inputs[1]))(soco.decompose)    # remembers two bases
         soco.install = rpca.install = lambda model, method, layers, new: new
 
-    def fresh_drafts(self, model, layers, batches, scale, progress):
+    def fresh_scored(self, model, layers, batches, basis="two-sided", progress=True):
+        scored = self.scored(basis, soco.set_prices)                  # which a variant may have replaced
+        return {layer: copy.deepcopy(student, {id(part): part for part in (layer, student.U, student.V)})
+                for layer, student in scored.items()}
+
+    def fresh_drafts(self, model, layers, batches, scale=True, progress=True):
         drafts = [copy.copy(draft) for draft in self.drafts()]
         for draft in drafts if not scale else ():
             draft.rows, draft.columns = torch.ones_like(draft.rows), torch.ones_like(draft.columns)
@@ -58,6 +66,25 @@ class Bench:
     def cap(self, ratio, **settings):
         settings = {"seed": self.args.seed, "progress": True} | settings
         return rpca.compress(self.model, self.measured_on, ratio, **settings)
+
+    def run_of_soco(self):
+        """Yield (ratio, {layer: new one}) of one run down through the ratios."""
+        scored, layers = self.fresh_scored(*self.inputs), self.inputs[1]
+        spectrum = soco.Spectrum(list(scored.values()), group=8)
+        run = soco.learn_down(self.model, scored, spectrum, layers, self.batches, self.args.ratio, self.steps,
+                              self.args.lr, progress=True)
+        for ratio, (_, new) in zip(self.args.ratio, run):
+            yield ratio, new
+
+    def run_of_cap(self):
+        drafts = self.fresh_drafts(*self.inputs)
+        rpca.set_ranks(drafts, self.args.ratio[-1], rpca.RANK_SHARE, progress=True)
+        for ratio in self.args.ratio:
+            rpca.choose_by_metric(drafts, ratio, rpca.ROUNDS, rpca.keep_worthiest, True, progress=True)
+            yield ratio, {draft.layer: draft.finish() for draft in drafts}
+
+    def down(self, ratio, method):
+        return next(new for at, new in self.runs[method] if at == ratio)
 
     def pruned(self, ratio, prune):
         return prune_all(prune, self.drafts(), ratio)
@@ -116,8 +143,9 @@ TABLES = {        # {variant: (method of Bench, settings)}; gaps are shown over 
     "soco": SVD | {variant: ("soco", settings) for variant, settings in SOCO.items()},
     "cap": PRUNED | {"OATS, 20 rounds": ("pruned", {"prune": partial(oats, rounds=20)})}
                   | {variant: ("cap", settings) for variant, settings in CAP.items()},
-    "frontier": SVD | {"KFAC-SVD, same share": ("svd", {"basis": "two-sided"}), "CAP": ("cap", {}),
-                       "global choice, no learning": ("soco", {"steps": 0}), "SoCo": ("soco", {}),
+    "frontier": SVD | {"KFAC-SVD, same share": ("svd", {"basis": "two-sided"}),
+                       "global choice, no learning": ("soco", {"steps": 0}),
+                       "SoCo": ("down", {"method": "SoCo"}), "CAP": ("down", {"method": "CAP"}),
                        "Wanda": PRUNED["Wanda"], "SparseGPT": PRUNED["SparseGPT"]}}
 
 
