@@ -296,7 +296,8 @@ def check_windows(model, flags):
 # ---- the command line ---------------------------------------------------------------------------
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):                           # a default of None is told in words
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -177,8 +177,7 @@ def keep_most_probable(p, cost, budget):
     order = flat.argsort(descending=True, stable=True)
     keep, left = torch.zeros(len(flat), dtype=torch.bool, device=flat.device), int(budget)
     while len(order):
-        fits = each[order].cumsum(0) <= left                          # the longest prefix that fits ...
-        count = int(fits.sum())
+        count = int((each[order].cumsum(0) <= left).sum())            # the longest prefix that fits ...
         keep[order[:count]] = True
         left -= int(each[order[:count]].sum())
         order = order[count:]
@@ -280,8 +279,7 @@ keep_source(LowRankPlusSparse)
 
 
 def low_rank_plus_sparse(U, V, S, bias, like):
-    """LowRankPlusSparse of U [m, k], V [k, n], S [m, n] and a bias [m] or None, in the dtype and on the
-    device of `like`."""
+    """LowRankPlusSparse of U [m, k], V [k, n], S [m, n], a bias [m] or None; dtype and device of `like`."""
     where = {"device": like.device, "dtype": like.dtype}
     new = LowRankPlusSparse(V.shape[1], *U.shape, int((S != 0).sum()), bias is not None, **where)
     new.S, new.values, new.mask = nn.Parameter(S.to(like)), None, None
@@ -294,7 +292,7 @@ def low_rank_plus_sparse(U, V, S, bias, like):
 
 ESTIMATORS = ("metric", "policy")
 RANK_SHARE = 0.02         # of the parameters that a matrix may keep, for L; more is worse on SmolLM2
-ROUNDS = 8                # of pruning and refitting
+ROUNDS = 8                # of pruning and refitting; of the policy, over the batches, too
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split at once
 
@@ -424,11 +422,9 @@ def set_ranks(drafts, ratio, rank_share, progress):
         if k := int(rank_share * budget / (m + n)):
             Q = torch.stack([draft.scaled() for draft in some])
             for draft, q, V in zip(some, Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:, :k]):
-                G, without = draft.G.to(draft.rows.device), (draft.U, draft.V)
-                with_L = as_the_first(alternate(q, V, budget))
-                if draft.loss_with(*with_L, budget, G) > draft.loss_with(*without, budget, G):
-                    with_L = without
-                draft.set_low_rank(*with_L)
+                G, L = draft.G.to(draft.rows.device), as_the_first(alternate(q, V, budget))
+                L = min(L, (draft.U, draft.V), key=lambda factors: draft.loss_with(*factors, budget, G))
+                draft.set_low_rank(*L)
                 draft.S = draft.target().to(draft.S)
 
 
@@ -439,19 +435,18 @@ def threshold(worths, count):
     a time. Such floats are ordered as their bit patterns are: a radix select, by the high 16 bits and then by
     the low.
     """
-    bucket, above = None, 0
+    bucket, above = 0, 0
     for shift in (16, 0):
         histogram = 0
         for worth in worths():
             bits = worth.contiguous().view(torch.int32).flatten()
-            if shift == 0:
-                bits = bits[bits >> 16 == bucket]
+            bits = bits[bits >> 16 == bucket] if shift == 0 else bits
             histogram = histogram + torch.bincount(bits >> shift & 0xffff, minlength=1 << 16).cpu()
         at_least = histogram.flip(0).cumsum(0).flip(0) + above        # entries in this bucket or a higher one
-        last = int((at_least > count).nonzero().max()) if (at_least > count).any() else None
-        if last is None:
+        last = int((at_least > count).sum()) - 1
+        if last < 0:
             return -1.0
-        bucket, above = (last if shift else bucket << 16 | last), above + int(histogram[last + 1:].sum())
+        bucket, above = bucket << 16 | last, above + int(histogram[last + 1:].sum())
     return torch.tensor([bucket], dtype=torch.int32, device="cpu").view(torch.float32).item()
 
 
@@ -522,8 +517,8 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
     p = project([worth / (worth + c * mean) for worth, c in zip(worths, cost)], cost, budget)
     generator = torch.Generator(device=device).manual_seed(seed)
     shown = functools.partial(bar, progress=progress, desc="policy", unit="draw")
-    draws = rounds * len(batches)
-    p, _ = policy_gradient(loss_of, p, cost, budget, draws, generator=generator, progress=shown)
+    p, _ = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator,
+                           progress=shown)
     set_masks(keep_most_probable([q * (worth > 0) for q, worth in zip(p, worths)], cost, budget))
     if refitted:
         refit_all(drafts)

@@ -305,8 +305,7 @@ def frozen(model, checkpointing=False):
     flags, modes = {p: p.requires_grad for p in model.parameters()}, {m: m.training for m in model.modules()}
     for module in modes:                             # transformers checkpoints only blocks in training mode
         module.training = checkpointing and getattr(module, "gradient_checkpointing", False)
-    for p in flags:
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     try:
         yield
     finally:
@@ -454,7 +453,8 @@ def measured(model, layers, batches, progress=False, room=None, **how):
     before the next group. how: `also` and `diagonal_R` of `collect_metric`.
     """
     def need(names):
-        return sum(4 * (m * m + n * n + m * n) for m, n in (layers[name].weight.shape for name in names))
+        shapes = [matrix(layers[name]).shape for name in names]
+        return sum(4 * (m * m * (not how.get("diagonal_R")) + n * n + m * n) for m, n in shapes)
 
     by_block = itertools.groupby(layers, lambda name: re.match(r".*?\.\d+\.|", name)[0])
     blocks = [list(names) for _, names in by_block]
@@ -504,7 +504,7 @@ LR = 0.02        # of the scores; the random part of Adam's steps costs about lr
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
 POOL = 1.3       # what a budget this much larger would not keep is dropped for good in stages 1 and 2
 STAGES = (0.5, 0.1, 0.4)     # the parts of a run that descend, swing and polarise
-STEPS = 400      # times the ratio: of little that is removed, what can be learned is soon learned
+STEPS = 400      # of learning, times the ratio: where less is removed, there is less to learn
 
 
 def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR, deviation=True,
@@ -519,7 +519,7 @@ def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR,
     batches, layers = list(batches), block_layers(model)
     deviation = deviation and steps != 0
     check(layers, batches, ratio, steps or 0, basis, stages, group, deviation)
-    steps = math.ceil(STEPS * ratio) if steps is None else steps
+    steps = round(STEPS * ratio) if steps is None else steps
     scored = scored_layers(model, layers, batches[:metric_batches], basis, progress)
     spectrum, budget = Spectrum(list(scored.values()), group), budget_for(layers, ratio, deviation)
     learn(model, scored, spectrum, batches, budget, steps, lr, deviation, stages, progress=progress)
@@ -674,8 +674,7 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True
             ids = batches[step % len(batches)].to(input_device(model))
             logits = teacher(model, spectrum.layers, ids)
             loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
-            S.grad.zero_()
-            d.grad.zero_()
+            optimizer.zero_grad(set_to_none=False)
             (loss * ids.numel()).backward()  # Adam does not see the factor; float16 needs it
             average(loss := loss.detach(), S.grad, d.grad)
             if not torch.stack([loss, S.grad.sum().to(loss), d.grad.sum().to(loss)]).isfinite().all():
@@ -689,10 +688,9 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True
         spectrum.keep_best(budget)
 
 
-def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr=LR, deviation=True,
-               progress=False):
-    """Go down through rising `ratios` in one run, `steps` to the last and its share of them to each before;
-    at each, yield (steps so far, {dense layer: layer to store})."""
+def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, deviation=True, progress=False):
+    """Go down through rising `ratios` in one run, `steps` to the last and its share of them to each before,
+    over as many batches; at each, yield (steps so far, {dense layer: layer to store})."""
     done, start = 0, None
     for ratio in ratios:
         budget, until = budget_for(layers, ratio, deviation), round(steps * ratio / ratios[-1])
@@ -893,15 +891,14 @@ def remove_if_empty(folder):
         folder.rmdir()
 
 
-def publish(model, place, extra=None):
+def publish(model, place, extra=lambda folder: None):
     """Save a compressed model to a `place` from `reserved`, in one rename; extra(folder) adds files."""
     from safetensors import SafetensorError
     fresh, folder = place
     try:
         fresh.mkdir()
         model.save_pretrained(fresh)
-        if extra:
-            extra(fresh)
+        extra(fresh)
         fresh.rename(folder)
     except (OSError, SafetensorError) as error:
         raise CannotCompress(f"cannot write {str(folder)!r}: {error}; give a place with more room") from error
@@ -1052,8 +1049,7 @@ class Report:
         self.seconds[phase] = round(self.seconds.get(phase, 0) + time.perf_counter() - start, 2)
 
     def score(self, key, label, ratio=None, new={}, pruned=False):
-        """Perplexity of the model with the layers new {layer: another}: a row of the table, printed at
-        once."""
+        """Score the model with the layers new {layer: another}, and print that row of the table at once."""
         from eval_ppl import UserError, perplexity, say
         args = self.args
         progress = functools.partial(bar, progress=True, desc="perplexity", unit="batch")
@@ -1066,9 +1062,8 @@ class Report:
             kept, size = block_parameters(self.model, self.shapes, pruned)
         if not self.rows:
             self.dense_nll = nll
-            dtype = str(self.model.dtype).removeprefix("torch.")
             self.eval = {"data": args.eval, "split": "test", "seqlen": args.eval_seqlen,
-                         "stride": args.eval_stride, "tokens": tokens, "dtype": dtype}
+                         "stride": args.eval_stride, "tokens": tokens, "dtype": str(self.model.dtype)[6:]}
             say(f"settings: {listed(vars(args))}")
             say(f"perplexity: {listed(self.eval)}, device {self.model.device}")
             say(f"{'':40} {'perplexity':>12} {'gap':>9} {'parameters':>14} {'MB':>10}")
@@ -1078,8 +1073,7 @@ class Report:
         say(f"{label:40} {ppl:12.2f} {gap:9.4f} {kept:14,} {size / 1e6:10.1f}")
 
     def write(self, place, ratio, tokenizer):
-        """Save the compressed model with its tokenizer, metrics.json and model card; print where, and what it
-        keeps."""
+        """Save the compressed model, tokenizer, metrics.json and card; print where, and what it keeps."""
         from eval_ppl import say
         if not place:                                                 # not the first process
             return
@@ -1194,7 +1188,7 @@ def main():
     add_run_flags(parser, metric_batches=32)
     add = parser.add_argument
     add("--basis", choices=BASES, default="two-sided", help="of the decomposition; plain is the paper's")
-    add("--steps", type=whole(0, 10 ** 6), help=f"of learning, down to the last ratio; each before it has"
+    add("--steps", type=whole(0, 10 ** 6), help="of learning, down to the last ratio; each before it has"
         f" its share of them (default: {STEPS} * the last ratio)")
     add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate for the scores")
     add("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
@@ -1202,7 +1196,7 @@ def main():
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     args = parser.parse_args()
     device, dtype = check_run(args)
-    args.steps = math.ceil(STEPS * args.ratio[-1]) if args.steps is None else args.steps
+    args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
     deviation = args.steps > 0 and not args.no_deviation
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "soco", stack)
@@ -1216,7 +1210,7 @@ def main():
         report = Report("soco", args, model, layers, evaluation)
         report.score("dense", "dense")
 
-        kinds = () if args.no_baselines else ("plain", "whitened")
+        kinds = {} if args.no_baselines else {"plain": "svd", "whitened": "svd_whitened"}
         baselines = {(basis, ratio): {} for ratio in args.ratio for basis in kinds}
 
         def truncate(layer, metric):                                  # while the metric is there
@@ -1226,12 +1220,10 @@ def main():
                     baselines[basis, ratio][layer] = truncated(layer, *factors, ratio)
 
         with report.clock("metric and decompositions"):
-            measured_on = batches[:args.metric_batches]
-            scored = scored_layers(model, layers, measured_on, args.basis, progress=True, visit=truncate)
+            scored = scored_layers(model, layers, batches[:args.metric_batches], args.basis, True, truncate)
             spectrum = Spectrum(list(scored.values()), args.rank_multiple)
         for (basis, ratio), new in baselines.items():
-            key = {"plain": "svd", "whitened": "svd_whitened"}[basis]
-            report.score(key, f"{basis} SVD, same share", ratio, new)
+            report.score(kinds[basis], f"{basis} SVD, same share", ratio, new)
         baselines.clear()
         for ratio in () if args.no_baselines else args.ratio:
             new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
@@ -1241,11 +1233,11 @@ def main():
             spectrum.keep_best(budget_for(layers, ratio, deviation=False))
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
-        run = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr, deviation,
-                         progress=True)
+        learned = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr,
+                             deviation, progress=True)
         for ratio in args.ratio:
             with report.clock("learn"):
-                steps, new = next(run)
+                steps, new = next(learned)
             install(model, "soco", layers, new)
             report.score("compressed", f"SoCo, {steps} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)

@@ -1,11 +1,12 @@
 """What each part of a method is worth, or all methods at all ratios: one model, one metric, one table.
 
     python bench/ablate.py soco --model FOLDER --calib FILE --eval FILE --eval-blocks 20
-    python bench/ablate.py cap --model FOLDER --calib FILE --eval FILE --eval-blocks 20 --metric-batches 32
+    python bench/ablate.py cap --model FOLDER --calib FILE --eval FILE --eval-blocks 20 --metric-batches 64
     python bench/ablate.py frontier --ratio 0.1 0.2 0.3 0.4 0.5 0.6 0.7
 
-Variants are runs of `compress` itself. Results go to bench/results/TABLE-MODEL-SEED.json after each; what is
-there already is not run again, so that a run goes on where it was stopped, and ratios can be added later.
+Variants are runs of `compress` itself; the frontier's SoCo and CAP are one run each, down through the ratios.
+Results go to bench/results/TABLE-MODEL-SEED.json after each; what is there already is not scored again, so
+that a run goes on where it was stopped, and ratios can be added later.
 """
 import copy
 import json
@@ -30,15 +31,15 @@ class Bench:
     """A model and its texts. Here `compress` measures and decomposes once, and returns {layer: new one}."""
 
     def __init__(self, args):
-        self.args, self.steps = args, args.steps or math.ceil(soco.STEPS * args.ratio[-1])
+        self.args, self.steps = args, args.steps or round(soco.STEPS * args.ratio[-1])
         self.model, _, calibration, self.evaluation = soco.read_inputs(args, *soco.check_run(args))
         self.batches = soco.sample_batches(calibration, args, max(self.steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]
         self.inputs = self.model, soco.block_layers(self.model), self.measured_on
         self.metrics = cache(partial(list, soco.measured(*self.inputs, progress=True)))
         self.drafts = cache(partial(rpca.drafted, *self.inputs, progress=True))
-        decompose = soco.scored_layers
-        self.scored = lru_cache(2)(lambda basis, set_prices: decompose(*self.inputs, basis, progress=True))
+        score_all = soco.scored_layers
+        self.scored = lru_cache(2)(lambda basis, set_prices: score_all(*self.inputs, basis, progress=True))
         self.runs = {"SoCo": self.run_of_soco(), "CAP": self.run_of_cap()}
         soco.measured, rpca.drafted = lambda *_: self.metrics(), self.fresh_drafts
         soco.scored_layers = self.fresh_scored
@@ -153,7 +154,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("table", choices=list(TABLES))
     soco.add_run_flags(parser, metric_batches=32)
-    parser.add_argument("--steps", type=whole(1), help="of SoCo's learning")
+    parser.add_argument("--steps", type=whole(1), help="of SoCo's learning (default: as there)")
     parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="of the scores")
     parser.add_argument("--only", default="", help="run only variants whose name holds this")
     args = parser.parse_args()

@@ -4,10 +4,10 @@
     python bench/harness.py --model out/FOLDER --tasks next_passage              # an accuracy, offline
     python bench/harness.py --model out/FOLDER --tasks arc_easy hellaswag piqa   # accuracies; need the hub
 
-The harness brings no multiple-choice task that works without a download; `next_passage` is made here, of the
-text. Without --tasks the text is scored twice, by the harness and by eval_ppl.py. The harness scores every
-token once, in windows of L tokens after one token of context: eval_ppl.py's sliding window of L + 1 tokens
-with stride L, over the text after the harness's prefix token.
+The harness brings no multiple-choice task that works without a download; `next_passage` is made here, of a
+text with a paragraph a line. Without --tasks the text is scored twice, by the harness and by eval_ppl.py. The
+harness scores every token once, in windows of L tokens after one token of context: eval_ppl.py's sliding
+window of L + 1 tokens with stride L, over the text after the harness's prefix token.
 """
 import json
 import math
@@ -33,6 +33,8 @@ def next_passage(text, words=24, most=400):
         choices = [after for _, after in parts[i:i + 4]]
         choices[0], choices[i % 4] = choices[i % 4], choices[0]       # the true one stands at i % 4
         documents.append({"query": query, "choices": choices, "gold": i % 4})
+    if not documents:
+        raise eval_ppl.UserError(f"next_passage needs lines of {2 * words} words: give another text, --eval")
     return {"task": "next_passage", "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
             "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "query",
             "doc_to_choice": "choices", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}]}
@@ -54,7 +56,7 @@ def main():
     data = args.eval or eval_ppl.default_text(args.model)
     if metrics.is_file() and not args.eval:
         data = json.loads(metrics.read_text())["eval"]["data"]
-    text = eval_ppl.load_text(data, "test")
+    text = eval_ppl.load_text(data, "test") if not args.tasks or "next_passage" in args.tasks else ""
     if args.tasks:
         tasks = [next_passage(text) if task == "next_passage" else task for task in args.tasks]
         found = simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=tasks)["results"]

@@ -89,7 +89,7 @@ def account(args, dtype, device, passes):
     blocks, total = build(args.model, dtype, "meta").config.num_hidden_layers, 0
     batches = SCORED / args.batch_size / args.seqlen
     for part, times in [("load", 1), ("collect_metric", 32), ("set_prices", 32 * passes), ("decompose", 1),
-                        ("learn", 200), ("perplexity", batches), ("save", 1)]:
+                        ("learn", soco.STEPS // 2), ("perplexity", batches), ("save", 1)]:
         each = few[part] + (more[part] - few[part]) * (blocks - 1) / (args.time - 1)
         total += times * each
         print(f"{part:16} {times:6.0f} x {each:9.4f} s = {times * each:8.1f} s")

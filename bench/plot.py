@@ -9,8 +9,7 @@ import sys
 
 from matplotlib import pyplot
 
-STYLES = ["s:#56b4e9", "d--#0072b2", "o-#d55e00", "D:#000000", "*-#009e73", "^--#e69f00", "x:#999999",
-          "v--#cc79a7"]
+STYLES = ["s:#56b4e9", "d--#0072b2", "D:#000000", "*-#009e73", "o-#d55e00", "^--#e69f00", "v--#cc79a7"]
 
 
 def allocation(report):
