@@ -35,7 +35,7 @@ def frontier(report):
     for style, (name, curve) in zip(STYLES, curves.items()):
         axes.semilogy(*zip(*sorted(curve.items())), style[:-7], color=style[-7:], label=name)
     axes.set(xlabel="share of the block weights' parameters removed", ylabel="perplexity")
-    axes.set_ylim(0.9 * dense, 50 * dense)
+    axes.set_ylim(0.9 * dense, min(50 * dense, 1.1 * max(max(curve.values()) for curve in curves.values())))
     axes.legend(fontsize=8)
 
 
