@@ -528,6 +528,18 @@ def test_one_run_meets_every_budget_as_well_as_single_runs_and_leaves_the_model_
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_steps_follow_the_ratio_and_each_ratio_of_a_run_gets_its_share(monkeypatch):
+    calls = []
+    monkeypatch.setattr(soco, "learn", lambda *args, **options: calls.append((len(args[3]), args[5])))
+    for ratio in (0.2, 0.55):
+        compress(tiny_gpt2(), [tokens(2, 16)], ratio, group=1)
+    model, batches = tiny_llama(), [tokens(2, 16)] * 20
+    students, spectrum, _ = spectrum_of(model, batches[0])
+    run = soco.learn_down(model, students, spectrum, block_layers(model), batches, [0.2, 0.3, 0.5], 20, 0.02)
+    assert [until for until, _ in run] == [8, 12, 20]
+    assert calls == [(1, 80), (1, 220), (20, 8), (12, 4), (8, 8)]     # batches that are left, steps
+
+
 def test_one_seed_gives_one_result_in_training_mode_under_no_grad_and_with_checkpointing():
     batches, states, calls = [tokens(2, 16, seed=seed) for seed in (0, 1)], [], []
     for checkpointing, training in ((False, False), (True, False), (False, True)):
