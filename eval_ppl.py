@@ -155,8 +155,13 @@ def encode(tokenizer, text):
 
 
 def load_tokens(model, tokenizer, name, split, seqlen):
-    """Token ids [tokens] of a named text; too few, or ids that the model has not, are bad input."""
-    ids = encode(tokenizer, load_text(name, split))
+    """Token ids [tokens] of a named text; too few, or ids that the model has not, are bad input.
+
+    In a train split, which is there to learn from, WikiText's mark of a rare word, <unk>, is left out: it is
+    no text, and a tokenizer spells it out or has a token for it that the model has hardly seen.
+    """
+    text = load_text(name, split)
+    ids = encode(tokenizer, text.replace(" <unk>", "") if split == "train" else text)
     if len(ids) < seqlen:
         raise UserError(f"text {name!r} has {len(ids)} tokens, fewer than one block of {seqlen}: "
                         f"give a longer text or a smaller sequence length")

@@ -543,7 +543,7 @@ def wanda(W, G, ratio):
 def main():
     from eval_ppl import Parser, UserError, between, whole
     parser = Parser(__doc__)
-    add_run_flags(parser, metric_batches=64)
+    add_run_flags(parser)
     add = parser.add_argument
     add("--estimator", choices=ESTIMATORS, default="metric", help="of the mask; policy is the paper's")
     add("--rank-share", type=between(0, 1, or_low=True), default=RANK_SHARE,

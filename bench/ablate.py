@@ -1,7 +1,7 @@
 """What each part of a method is worth, or all methods at all ratios: one model, one metric, one table.
 
     python bench/ablate.py soco --model FOLDER --calib FILE --eval FILE --eval-blocks 20
-    python bench/ablate.py cap --model FOLDER --calib FILE --eval FILE --eval-blocks 20 --metric-batches 64
+    python bench/ablate.py cap --model FOLDER --calib FILE --eval FILE --eval-blocks 20
     python bench/ablate.py frontier --ratio 0.1 0.2 0.3 0.4 0.5 0.6 0.7
 
 Variants are runs of `compress` itself; the frontier's SoCo and CAP are one run each, down through the ratios.
@@ -153,7 +153,7 @@ TABLES = {        # {variant: (method of Bench, settings)}; gaps are shown over 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("table", choices=list(TABLES))
-    soco.add_run_flags(parser, metric_batches=32)
+    soco.add_run_flags(parser)
     parser.add_argument("--steps", type=whole(1), help="of SoCo's learning (default: as there)")
     parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="of the scores")
     parser.add_argument("--only", default="", help="run only variants whose name holds this")

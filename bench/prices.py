@@ -35,7 +35,7 @@ def changes(draft, student, sigma_squared):
 @torch.no_grad()
 def main():
     parser = Parser(__doc__)
-    soco.add_run_flags(parser, metric_batches=32)
+    soco.add_run_flags(parser)
     parser.add_argument("--matrices", type=whole(1), default=40, help="at most so many, evenly spread")
     args = parser.parse_args()
     model, _, calibration, _ = soco.read_inputs(args, *soco.check_run(args))
