@@ -771,6 +771,15 @@ def test_texts_are_read_and_encoded_whole(tmp_path, monkeypatch):
     assert eval_ppl.load_text("wikitext2", "test") == "\n\n = Title = \n\n\n\n\nOne @-@ two .\n"
 
 
+def test_the_mark_of_a_rare_word_is_scored_and_not_learned_from(house):
+    model, tokenizer, texts = tiny_gpt2(), tiny_tokenizer(), (house / "marked", house / "train")
+    texts[0].write_text(texts[1].read_text().replace(" ", " <unk> "))
+    marked, plain = ({split: eval_ppl.load_tokens(model, tokenizer, str(path), split, 16)
+                      for split in ("train", "test")} for path in texts)
+    assert torch.equal(marked["train"], plain["train"]) and torch.equal(plain["test"], plain["train"])
+    assert len(marked["test"]) > len(plain["test"])
+
+
 def test_the_splits_of_the_standard_library_share_no_text(monkeypatch):
     documents = {f"module {i}": [f"only in {i}", "in all of them"] for i in range(50)}
     monkeypatch.setattr(eval_ppl, "stdlib_documents", lambda: documents)

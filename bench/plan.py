@@ -51,24 +51,25 @@ def memory(name, dtype, args, device):
             read = size * ids.numel() * sum(n for _, n in shapes)
             metric = kept(model, ids) + read + (size + 8) * logits
     weights, entries = size * sum(p.numel() for p in model.parameters()), sum(m * n for m, n in shapes)
-    inputs, sums = 4 * sum(n * n for _, n in shapes), 4 * sum(m * m + n * n for m, n in shapes)
+    inputs, outputs = 4 * sum(n * n for _, n in shapes), 4 * sum(m * m for m, _ in shapes)
     blocks, free = model.config.num_hidden_layers, max(device - weights, 0)
     factors = size * sum(min(m, n) * (m + n) for m, n in shapes)
     factor = max(8 * (2 * m * m + 2 * n * n + 6 * m * n + 5 * min(m, n) ** 2) for m, n in shapes)
     drafts = 2 * size * entries + min(inputs, free / 2)
 
-    def measuring(after):             # the peak, and the passes; a group is sized when it begins
-        first, peak, passes, group = 0, 0, 0, (sums + 4 * entries) / blocks
+    def measuring(after, sums):       # the peak, and the passes; a group is sized when it begins
+        first, peak, passes, group = 0, 0, 0, sums / blocks
         while first < blocks:
             step = max(int((free - first * after / blocks) / 3 / group), 1)
             peak = max(peak, first * after / blocks + min(step, blocks - first) * group)
             first, passes = first + step, passes + 1
         return peak, passes
 
+    metrics, passes = measuring(factors, inputs + outputs + 4 * entries)
     phases = {"weights": 0, "SoCo, learning": factors + step,
-              "SoCo, metric": max(measuring(factors)[0] + max(metric, factor), factors + metric),
-              "CAP": metric + max(measuring(drafts)[0], drafts)}
-    return {phase: weights + more for phase, more in phases.items()}, measuring(factors)[1]
+              "SoCo, metric": max(metrics + max(metric, factor), factors + metric),
+              "CAP": metric + max(measuring(drafts, inputs + 4 * entries)[0], drafts)}
+    return {phase: weights + more for phase, more in phases.items()}, passes
 
 
 def timed(args, dtype, device, blocks):
@@ -88,8 +89,9 @@ def account(args, dtype, device, passes):
     few, more = timed(args, dtype, device, 1), timed(args, dtype, device, args.time)
     blocks, total = build(args.model, dtype, "meta").config.num_hidden_layers, 0
     batches = SCORED / args.batch_size / args.seqlen
-    for part, times in [("load", 1), ("collect_metric", 32), ("set_prices", 32 * passes), ("decompose", 1),
-                        ("learn", soco.STEPS // 2), ("perplexity", batches), ("save", 1)]:
+    for part, times in [("load", 1), ("decompose", 1), ("collect_metric", soco.METRIC_BATCHES),
+                        ("set_prices", soco.METRIC_BATCHES * passes), ("learn", soco.STEPS // 2),
+                        ("perplexity", batches), ("save", 1)]:
         each = few[part] + (more[part] - few[part]) * (blocks - 1) / (args.time - 1)
         total += times * each
         print(f"{part:16} {times:6.0f} x {each:9.4f} s = {times * each:8.1f} s")
