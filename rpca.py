@@ -16,9 +16,10 @@ budget for the whole model,
 
 The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default
 drives the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, E[g_i^2 x_j^2] S_ij^2
-(Fisher information, token by token), in rounds, and gives L a share of what a matrix may keep where that
-lowers its loss. *Then* the kept values are refitted, and each layer is stored as U sqrt(sigma), sqrt(sigma)
-V, a bitmask and the values of S. (S is the sparse part here; in soco.py it is the score.)
+(Fisher information, token by token), tempered (`Draft.temper`), in rounds, and gives L a share of what a
+matrix may keep where that lowers its loss. *Then* the kept values are refitted, and each layer is stored as
+U sqrt(sigma), sqrt(sigma) V, a bitmask and the values of S. (S is the sparse part here; in soco.py it is the
+score.)
 """
 import signal
 import sys
@@ -303,7 +304,7 @@ class Draft(nn.Module):
 
     price [m, n]: E[g_i^2 x_j^2], times S^2 the predicted loss of dropping an entry. rows [m], columns [n]:
     the roots of R [m] and of G's diagonal, the scale in which W is split. G [n, n]: E[x x^T], on the layer's
-    device or in main memory.
+    device or in main memory. level [m, 1]: what the worths of a row are divided by.
     """
 
     def __init__(self, layer, G, R, price, scale=True):
@@ -314,6 +315,18 @@ class Draft(nn.Module):
             (A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A) for A in moments)
         self.m, self.n = self.S.shape
         self.U, self.V = self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n)
+        self.level = self.rows.new_ones(self.m, 1)
+
+    def temper(self, ratio):
+        """Set `level` to the root of what each row's own cut would be, if every row lost `ratio`.
+
+        One threshold for all worths is then midway, as geometric means go, between one for the whole model
+        and one a row. Predictions of second order compare entries of a row better than rows: where gradients
+        have heavy tails, the first alone strips some matrices of all they need.
+        """
+        worth = matrix(self.layer).float().square() * self.price
+        cut = worth.kthvalue(max(int(ratio * self.n), 1), dim=1, keepdim=True).values
+        self.level = cut.clamp_min(1e-30).sqrt()
 
     def scaled(self):
         return self.rows[:, None] * matrix(self.layer).to(self.rows) * self.columns
@@ -327,8 +340,8 @@ class Draft(nn.Module):
         return matrix(self.layer).to(self.rows) - self.U @ self.V
 
     def worth(self):
-        """Predicted loss of dropping each entry of S [m, n] float32."""
-        return self.S.float().square() * self.price
+        """Predicted loss of dropping each entry of S [m, n] float32, over the level of its row."""
+        return self.S.float().square() * self.price / self.level
 
     def loss_with(self, U, V, budget, G):
         """Predicted loss tr(R (W - W') G (W - W')^T) of `budget` parameters, L = U V among them, the entries
@@ -474,6 +487,8 @@ def choose_by_metric(drafts, ratio, rounds, keep, refitted, progress):
     drives p to 1 above one price for the whole model and to 0 below. The worth changes as the survivors make
     up for what is gone: hence in rounds, each dropping less than the one before.
     """
+    for draft in drafts:
+        draft.temper(ratio)
     start = sum((draft.S != 0).sum().item() for draft in drafts)
     entries = budget_for(drafts, ratio) - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
     for done in bar(range(1, rounds + 1), progress, desc="choose and refit", unit="round"):

@@ -1728,7 +1728,9 @@ def test_a_round_keeps_the_worthiest_and_refits_with_every_g_moved_once(make):
     drafts, far, moves = rpca.drafted(model := make(), block_layers(model), [tokens(8, 32)]), {}, []
     refitted, rounds = ([copy.copy(draft) for draft in drafts] for _ in range(2))
     for some in (drafts, refitted):
-        worth = torch.cat([draft.worth().flatten() for draft in some])
+        worths = [matrix(draft.layer) ** 2 * draft.price for draft in some]
+        cuts = [worth.sort(dim=1)[0][:, worth.shape[1] // 2 - 1, None] for worth in worths]
+        worth = torch.cat([(worth / cut.sqrt()).flatten() for worth, cut in zip(worths, cuts)])
         rpca.choose_by_metric(some, 0.5, 1, rpca.keep_worthiest, False, False)
         kept = torch.cat([draft.S.flatten() for draft in some]) != 0
         assert kept.sum() == len(kept) // 2 and worth[kept].min() > worth[~kept].max()

@@ -113,6 +113,12 @@ def same_share_of_matrices(drafts, count):
         rpca.keep_worthiest([draft], count * draft.S.numel() // sum(other.S.numel() for other in drafts))
 
 
+def one_threshold(drafts, count):
+    for draft in drafts:
+        draft.level = torch.ones_like(draft.level)
+    rpca.keep_worthiest(drafts, count)
+
+
 def same_share_of_rows(drafts, count):
     for draft in drafts:
         each = count * draft.n // sum(other.S.numel() for other in drafts)
@@ -136,6 +142,7 @@ CAP = {
     "full method": {}, "no low-rank part": {"rank_share": 0.0},
     "twice the low-rank part": {"rank_share": 2 * rpca.RANK_SHARE},
     "one round (the initial mask, refitted)": {"rounds": 1}, "no scale": {"scale": False},
+    "not tempered": {"keep": one_threshold},
     "the same share of every matrix": {"keep": same_share_of_matrices},
     "the same share of every row": {"keep": same_share_of_rows}, "no refit": {"refitted": False},
     "policy gradient, the mask it starts from": {"estimator": "policy", "rounds": 0},
