@@ -705,7 +705,7 @@ for number, line in enumerate(sys.argv[1:]):
 
 
 def test_two_processes_find_what_one_finds(house, command, tmp_path):
-    more = "--batch-size 4 --no-baselines --out"
+    more = "--batch-size 4 --metric-batches 8 --no-baselines --out"
     lines = [" ".join([str(ROOT / script), *run_flags(house), flags, more, f"two-{number}"])
              for number, (script, flags) in enumerate(TOGETHER)]
     (tmp_path / "runs.py").write_text(ONE_AFTER_ANOTHER)
