@@ -3,9 +3,8 @@
     python rpca.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
-The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D (D^2 and R: mean
-squared inputs and gradients at the outputs) so that the square of an entry is about the loss it costs, is
-split by principal component pursuit,
+The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D so that the square of
+an entry is the loss it is predicted to cost, is split by principal component pursuit,
 
     min |L|_* + lam |S|_1   with  L + S = W:     L = U diag(sigma) V low-rank,  S sparse.
 
@@ -15,9 +14,10 @@ budget for the whole model,
     sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * parameters in the block weights.
 
 The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default
-drives the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, E[g_i^2 x_j^2] S_ij^2
-(Fisher information, token by token), tempered (`Draft.temper`), in rounds, and gives L a share of what a
-matrix may keep where that lowers its loss. *Then* the kept values are refitted, and each layer is stored as
+drives the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, R_i S_ij^2 D_j^2, where
+D_j^2 = E[x_j^2] of the inputs and R_i makes a whole row's sum its Fisher information, E[g_i^2 sum_j W_ij^2
+x_j^2], token by token. It is tempered (`Draft.temper`), dropped in rounds, and L gets a share of what a matrix
+may keep where that lowers its loss. *Then* the kept values are refitted, and each layer is stored as
 U sqrt(sigma), sqrt(sigma) V, a bitmask and the values of S. (S is the sparse part here; in soco.py it is the
 score.)
 """
@@ -302,14 +302,15 @@ class Draft(nn.Module):
     """A matrix while its structure is chosen: W [m, n] = L + S, L = U V of rank k, S zero where it is
     dropped, in the units of W.
 
-    price [m, n]: E[g_i^2 x_j^2], times S^2 the predicted loss of dropping an entry. rows [m], columns [n]:
-    the roots of R [m] and of G's diagonal, the scale in which W is split. G [n, n]: E[x x^T], on the layer's
-    device or in main memory. level [m, 1]: what the worths of a row are divided by.
+    rows [m], columns [n]: the roots of R (soco.Metric, by row) and of G's diagonal. In their scale the square
+    of an entry is the predicted loss of dropping it: entries of one row are compared by their inputs alone,
+    as in Wanda, rows by Fisher information. G [n, n]: E[x x^T], on the layer's device or in main memory.
+    level [m, 1]: what the worths of a row are divided by.
     """
 
-    def __init__(self, layer, G, R, price, scale=True):
+    def __init__(self, layer, G, R, scale=True):
         super().__init__()
-        self.layer, self.G, self.price, self.S = layer, G, price, matrix(layer).clone()
+        self.layer, self.G, self.S = layer, G, matrix(layer).clone()
         moments = [R, G.diagonal().to(R)]
         self.rows, self.columns = (
             (A + 1e-6 * A.mean()).clamp_min(1e-20).sqrt() if scale else torch.ones_like(A) for A in moments)
@@ -324,12 +325,12 @@ class Draft(nn.Module):
         and one a row. Predictions of second order compare entries of a row better than rows: where gradients
         have heavy tails, the first alone strips some matrices of all they need.
         """
-        worth = matrix(self.layer).float().square() * self.price
+        worth = self.scaled(matrix(self.layer)).square()
         cut = worth.kthvalue(max(int(ratio * self.n), 1), dim=1, keepdim=True).values
         self.level = cut.clamp_min(1e-30).sqrt()
 
-    def scaled(self):
-        return self.rows[:, None] * matrix(self.layer).to(self.rows) * self.columns
+    def scaled(self, A):
+        return self.rows[:, None] * A.to(self.rows) * self.columns
 
     def set_low_rank(self, U, V):
         """L from factors [m, k], [k, n] in scaled units."""
@@ -341,14 +342,14 @@ class Draft(nn.Module):
 
     def worth(self):
         """Predicted loss of dropping each entry of S [m, n] float32, over the level of its row."""
-        return self.S.float().square() * self.price / self.level
+        return self.scaled(self.S).square() / self.level
 
     def loss_with(self, U, V, budget, G):
         """Predicted loss tr(R (W - W') G (W - W')^T) of `budget` parameters, L = U V among them, the entries
         refitted."""
         self.set_low_rank(U, V)
         T = self.target()
-        worth = (T.square() * self.price).flatten()
+        worth = self.scaled(T).square().flatten()
         entries = budget - U.shape[1] * (self.m + self.n)
         cut = worth.kthvalue(worth.numel() - entries).values if entries < worth.numel() else -1.0
         E = self.rows[:, None] * (T - refit(T, T, (worth > cut).view_as(T), G, iterations=6))
@@ -401,22 +402,13 @@ def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *me
     """A Draft of each of `layers` {name: layer}; visit(layer, metric) sees each metric. Of the Gram matrices,
     those that take half of what is free stay on the devices, and the others go to main memory."""
     room = min(free_memory(layer.weight.device) for layer in layers.values()) // 2
-    tokens, prices, drafts, latest = sum(ids.numel() for ids in batches), {}, [], (None, None)
-
-    def see(name, x, g):
-        if scale:
-            price = prices.setdefault(name, g.new_zeros(g.shape[1], x.shape[1], dtype=torch.float32))
-            price.addmm_(g.float().square().T, x.float().square())
-
-    for name, layer, metric in measured(model, layers, batches, progress, also=see, diagonal_R=True):
+    drafts, latest = [], (None, None)
+    for _, layer, metric in measured(model, layers, batches, progress, by_row=True):
         visit(layer, metric)
         if metric.G is not latest[0]:                                 # q, k and v share one
             room -= metric.G.nbytes
             latest = metric.G, metric.G if room > 0 else metric.G.cpu()
-        price = prices.pop(name) / tokens if scale else torch.ones(1, 1, device=layer.weight.device)
-        average(price)
-        price = price.to(torch.float32 if layer.weight.element_size() >= 4 else torch.bfloat16)
-        drafts.append(Draft(layer, latest[1], metric.R, price, scale))
+        drafts.append(Draft(layer, latest[1], metric.R, scale))
     return drafts
 
 
@@ -433,7 +425,7 @@ def set_ranks(drafts, ratio, rank_share, progress):
     for some in bar(batches, progress, desc="robust PCA", unit="batch"):
         (m, n), budget = some[0].S.shape, int((1 - ratio) * some[0].S.numel())
         if k := int(rank_share * budget / (m + n)):
-            Q = torch.stack([draft.scaled() for draft in some])
+            Q = torch.stack([draft.scaled(matrix(draft.layer)) for draft in some])
             for draft, q, V in zip(some, Q, rpca(Q, max_iter=RPCA_ITERATIONS).V[:, :k]):
                 G, L = draft.G.to(draft.rows.device), as_the_first(alternate(q, V, budget))
                 L = min(L, (draft.U, draft.V), key=lambda factors: draft.loss_with(*factors, budget, G))
@@ -506,7 +498,7 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
     from a start at worth / (worth + cost * mean worth), projected on the budget."""
     budget, device, splits, worths, cost = budget_for(drafts, ratio), drafts[0].rows.device, [], [], []
     for draft in bar(drafts, progress, desc="robust PCA", unit="matrix"):
-        split = rpca(draft.scaled(), max_iter=RPCA_ITERATIONS)[:4]
+        split = rpca(draft.scaled(matrix(draft.layer)), max_iter=RPCA_ITERATIONS)[:4]
         U, sigma, V, S = as_the_first([part.contiguous() for part in split])
         worths += [sigma.square().to(device), S.square().to(device)]
         cost += [draft.m + draft.n, 1]

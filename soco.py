@@ -362,7 +362,7 @@ def bar(items, progress, **words):
 class Metric(NamedTuple):
     G: torch.Tensor      # E[x x^T] [n, n] float32, of the layer's inputs x at a token
     R: torch.Tensor      # E[g g^T] [m, m] float32, of the gradients g there of its own and all later losses;
-                         # its diagonal [m] alone where that is enough
+                         # or one number a row [m], E[g_i^2 e_i] / E[e_i] with e_i = sum_j W_ij^2 x_j^2
 
 
 def observe(model, layers, batches, see, progress=False, desc="metric"):
@@ -406,24 +406,24 @@ def draw(p, batch, length):
     return torch.searchsorted(total, (u * total[:, -1])[:, None])[:, 0].clamp_max(p.shape[-1] - 1)
 
 
-def collect_metric(model, layers, batches, progress=False, also=lambda name, x, g: None, diagonal_R=False):
+def collect_metric(model, layers, batches, progress=False, by_row=False):
     """{name: Metric} of `layers` {name: layer} over `batches` of token ids [batch, length].
 
-    The sums, in float32, live where the layer lives; layers that read the same tensor share one G. `also`
-    sees what `observe` shows. diagonal_R: collect R's diagonal alone. Raises CannotCompress for a layer that
-    no token reached, and FloatingPointError for sums that are not finite.
+    The sums, in float32, live where the layer lives; layers that read the same tensor share one G. by_row:
+    collect one number a row in place of R, for entries of W. Raises CannotCompress for a layer that no token
+    reached, and FloatingPointError for sums that are not finite.
     """
     G, R, owner, latest = {}, {}, {}, {}
 
     def see(name, x, g):
-        also(name, x, g)
         address = x.device, x.data_ptr(), x.shape                     # q, k and v read one tensor
         if latest.get("address") != address:
             latest.update(address=address, name=name, x=x)            # held: no other takes its memory
             add_gram(G, name, x)
         owner[name] = latest["name"]
-        if diagonal_R:
-            R[name] = R.get(name, 0) + g.float().square().sum(0)
+        if by_row:
+            energy = F.linear(x.float().square(), matrix(layers[name]).float().square())
+            R[name] = R.get(name, 0) + (g.float().square() * energy).sum(0)
         else:
             add_gram(R, name, g)
 
@@ -436,6 +436,8 @@ def collect_metric(model, layers, batches, progress=False, also=lambda name, x, 
         if not moment.sum().isfinite():
             raise FloatingPointError(f"the inputs or gradients of layer {name} are not finite: use --dtype "
                                      f"float32 or bfloat16")
+    for name in layers if by_row else ():
+        R[name] /= (matrix(layers[name]).float().square() @ G[owner[name]].diagonal()).clamp_min(1e-30)
     return {name: Metric(G[owner[name]], R[name]) for name in layers}
 
 
@@ -445,16 +447,16 @@ def add_gram(sums, name, x):
     sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
 
 
-def measured(model, layers, batches, progress=False, room=None, **how):
+def measured(model, layers, batches, progress=False, room=None, by_row=False):
     """(name, layer, Metric) of `layers` {name: layer}, one after the other.
 
     Collected in groups of blocks, one pass over `batches` a group, whose sums, and what is made of them, fit
     in `room` bytes (default: a third of what is free then on the device that has least); they are let go
-    before the next group. how: `also` and `diagonal_R` of `collect_metric`.
+    before the next group.
     """
     def need(names):
         shapes = [matrix(layers[name]).shape for name in names]
-        return sum(4 * (m * m * (not how.get("diagonal_R")) + n * n + m * n) for m, n in shapes)
+        return sum(4 * (n * n + (m * m + m * n) * (not by_row)) for m, n in shapes)
 
     by_block = itertools.groupby(layers, lambda name: re.match(r".*?\.\d+\.|", name)[0])
     blocks = [list(names) for _, names in by_block]
@@ -465,7 +467,7 @@ def measured(model, layers, batches, progress=False, room=None, **how):
         while blocks and (not group or need(blocks[0]) <= left):
             left -= need(blocks[0])
             group |= {name: layers[name] for name in blocks.pop(0)}
-        metrics = collect_metric(model, group, batches, progress, **how)
+        metrics = collect_metric(model, group, batches, progress, by_row)
         for name, layer in group.items():
             yield name, layer, metrics.pop(name)
 

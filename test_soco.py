@@ -377,7 +377,7 @@ def test_the_metric_and_the_prices_are_moments_of_what_autograd_finds(make, monk
     layers = block_layers(model)
     monkeypatch.setattr(soco, "draw", label)
     metrics, students = collect_metric(model, layers, batches), soco.scored_layers(model, layers, batches)
-    diagonals = collect_metric(model, layers, batches, diagonal_R=True)
+    by_row = collect_metric(model, layers, batches, by_row=True)
     with swapped(model, watched := {layer: Watched(student) for layer, student in students.items()}):
         for ids in batches:
             found = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
@@ -386,7 +386,8 @@ def test_the_metric_and_the_prices_are_moments_of_what_autograd_finds(make, monk
         x, g, dS = watched[layer].values()
         assert_near(metrics[name].G, x.T @ x / 78, 1e-3)
         assert_near(metrics[name].R, g.T @ g / 78, 1e-3)
-        assert_near(diagonals[name].R, (g ** 2).mean(0), 1e-3)
+        energy = x ** 2 @ (matrix(layer) ** 2).T
+        assert_near(by_row[name].R, (g ** 2 * energy).mean(0) / energy.mean(0).clamp_min(1e-30), 1e-3)
         assert_near(students[layer].price, dS.square().mean(0), 1e-3)      # (dL/dS)^2, token by token
     if make is tiny_llama:                          # what reads one tensor shares its Gram matrix
         assert len({id(metric.G) for metric in metrics.values()}) == 8
@@ -1651,7 +1652,7 @@ def test_a_sum_layer_answers_learns_and_is_stored_as_its_weight(m, n, k, bias, d
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_the_price_of_an_entry_is_its_mean_squared_gradient_token_by_token(make, monkeypatch, device):
+def test_the_worths_of_a_row_add_up_to_the_mean_squared_gradients_of_its_relative_changes(make, monkeypatch, device):
     ids, labels, found = tokens(2, 6, device=device), tokens(12, seed=1, device=device), {}
     monkeypatch.setattr(soco, "draw", lambda p, *shape: labels)
     drafts = rpca.drafted(model := make().to(device), block_layers(model), [ids])
@@ -1663,11 +1664,13 @@ def test_the_price_of_an_entry_is_its_mean_squared_gradient_token_by_token(make,
         draft.layer.register_forward_hook(with_a_weight_for_every_token)
     F.cross_entropy(model(ids).logits.flatten(0, 1), labels, reduction="sum").backward()
     for draft in drafts:
-        expected = found[draft.layer].grad.square().mean((0, 1))
-        assert_close(draft.price, expected, rtol=1e-3, atol=1e-6 * expected.max().item())
+        expected = (found[draft.layer] * found[draft.layer].grad).square().mean((0, 1)).sum(1)
+        assert_close(draft.worth().sum(1), expected, rtol=1e-3, atol=1e-5 * expected.max().item())
+        shares = draft.worth() / (matrix(draft.layer) ** 2 * draft.G.diagonal())
+        assert_close(shares, shares[:, :1].expand_as(shares), rtol=1e-2, atol=0)
 
 
-def test_the_worth_of_an_entry_is_the_second_difference_of_the_loss(monkeypatch):
+def test_the_worths_of_a_row_add_up_to_the_second_differences_of_the_loss(monkeypatch):
     # of texts of one token, whose labels are drawn in exact proportion to their probability
     monkeypatch.setattr(soco, "draw", lambda p, batch, length: torch.searchsorted(
         p.cumsum(-1), (torch.arange(batch)[:, None] + 0.5) / batch)[:, 0])
@@ -1676,28 +1679,29 @@ def test_the_worth_of_an_entry_is_the_second_difference_of_the_loss(monkeypatch)
     dense = logits(model.double(), ids)
     for draft in drafts:
         W, worth = matrix(draft.layer), draft.worth()
-        for i, j in [divmod(int(worth.argmax()), draft.n), (1, 2), (draft.m - 1, draft.n - 2)]:
-            w, curvature = W[i, j].item(), 0
-            for step in (0.01, -0.01):
-                W[i, j] = (1 + step) * w
-                curvature += divergence([dense], model, [ids]) / step ** 2
-            W[i, j] = w
-            assert worth[i, j].item() == pytest.approx(curvature, rel=0.02, abs=1e-9)
+        for i in (int(worth.sum(1).argmax()), draft.m - 1):
+            curvature = 0
+            for j, w in enumerate(W[i].tolist()):
+                for step in (0.01, -0.01):
+                    W[i, j] = (1 + step) * w
+                    curvature += divergence([dense], model, [ids]) / step ** 2
+                W[i, j] = w
+            assert worth[i].sum().item() == pytest.approx(curvature, rel=0.02, abs=1e-9)
 
 
 def test_l_is_given_only_where_it_lowers_the_predicted_loss():
     x, g = random(200, 40, seed=8).float(), random(200, 60, seed=9).float()
-    moments = x.T @ x / 200, (g ** 2).mean(0), (g ** 2).T @ (x ** 2) / 200
+    moments = x.T @ x / 200, (g ** 2).mean(0)
     layers = [SimpleNamespace(weight=W.float()) for W in (sum(planted(60, 40)), random(60, 40) ** 3)]
     drafts = [rpca.Draft(layer, *moments) for layer in layers]
     rpca.set_ranks(drafts, 0.5, 0.2, False)
     assert [draft.U.shape[1] for draft in drafts] == [2, 0]
     for draft, chosen in zip(drafts, (2, 0)):
-        Q, losses = draft.scaled(), {}
+        Q, losses = draft.scaled(draft.layer.weight), {}
         for k in (0, 2):
             U, V = rpca.alternate(Q, torch.linalg.svd(Q)[2][:k], 1200) if k else (Q[:, :0], Q[:0])
             T = draft.layer.weight - U @ V / draft.rows[:, None] / draft.columns
-            worth = T ** 2 * draft.price
+            worth = draft.scaled(T) ** 2
             mask = worth >= worth.flatten().sort(descending=True)[0][1200 - 100 * k - 1]
             E = T - rpca.refit(T, T, mask, draft.G, iterations=6)
             losses[k] = ((E @ draft.G * E).sum(1) * (g ** 2).mean(0)).sum().item()
@@ -1728,7 +1732,7 @@ def test_a_round_keeps_the_worthiest_and_refits_with_every_g_moved_once(make):
     drafts, far, moves = rpca.drafted(model := make(), block_layers(model), [tokens(8, 32)]), {}, []
     refitted, rounds = ([copy.copy(draft) for draft in drafts] for _ in range(2))
     for some in (drafts, refitted):
-        worths = [matrix(draft.layer) ** 2 * draft.price for draft in some]
+        worths = [draft.scaled(matrix(draft.layer)) ** 2 for draft in some]
         cuts = [worth.sort(dim=1)[0][:, worth.shape[1] // 2 - 1, None] for worth in worths]
         worth = torch.cat([(worth / cut.sqrt()).flatten() for worth, cut in zip(worths, cuts)])
         rpca.choose_by_metric(some, 0.5, 1, rpca.keep_worthiest, False, False)

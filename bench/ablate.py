@@ -55,7 +55,6 @@ class Bench:
         drafts = [copy.copy(draft) for draft in self.drafts()]
         for draft in drafts if not scale else ():
             draft.rows, draft.columns = torch.ones_like(draft.rows), torch.ones_like(draft.columns)
-            draft.price = torch.ones_like(draft.price)
         return drafts
 
     def soco(self, ratio, replace={}, **settings):

@@ -13,7 +13,7 @@ def prune_all(prune, drafts, ratio):
     """{layer: dense layer} of prune(W, G, ratio), from the layer and the G of every rpca.Draft."""
     pruned = {}
     for draft in drafts:
-        W = prune(matrix(draft.layer).float(), draft.G.to(draft.price.device), ratio)
+        W = prune(matrix(draft.layer).float(), draft.G.to(draft.rows.device), ratio)
         pruned[draft.layer] = dense_like(draft.layer, W, draft.layer.bias)
     return pruned
 

@@ -55,7 +55,7 @@ def memory(name, dtype, args, device):
     blocks, free = model.config.num_hidden_layers, max(device - weights, 0)
     factors = size * sum(min(m, n) * (m + n) for m, n in shapes)
     factor = max(8 * (2 * m * m + 2 * n * n + 6 * m * n + 5 * min(m, n) ** 2) for m, n in shapes)
-    drafts = 2 * size * entries + min(inputs, free / 2)
+    drafts = size * entries + min(inputs, free / 2)
 
     def measuring(after, sums):       # the peak, and the passes; a group is sized when it begins
         first, peak, passes, group = 0, 0, 0, sums / blocks
@@ -68,7 +68,7 @@ def memory(name, dtype, args, device):
     metrics, passes = measuring(factors, inputs + outputs + 4 * entries)
     phases = {"weights": 0, "SoCo, learning": factors + step,
               "SoCo, metric": max(metrics + max(metric, factor), factors + metric),
-              "CAP": metric + max(measuring(drafts, inputs + 4 * entries)[0], drafts)}
+              "CAP": metric + max(measuring(drafts, inputs)[0], drafts)}
     return {phase: weights + more for phase, more in phases.items()}, passes
 
 

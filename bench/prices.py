@@ -3,7 +3,8 @@
     python bench/prices.py --model FOLDER --matrices 40 --out prices.png
 
 Predicted: half the sum of the prices of what is dropped, nats a token, by K-FAC (sigma^2 of a component, and
-R_ii G_jj W_ij^2 of an entry) and by Fisher information. Measured: KL(dense || changed), held-out calibration.
+R_ii G_jj W_ij^2 of an entry) and by Fisher information
+(of an entry: its row's, shared out by G_jj W_ij^2). Measured: KL(dense || changed), held-out calibration.
 """
 import sys
 from pathlib import Path
@@ -19,17 +20,17 @@ from eval_ppl import Parser, run, whole
 HELD_OUT, PARTS = 2, (2, 4, 8)       # batches to measure on; one in so many components or entries is dropped
 
 
-def changes(draft, student, sigma_squared):
+def changes(draft, student, sigma_squared, R):
     """Yield (kind, changed layer, [prediction of K-FAC, of Fisher information])."""
     layer, W = draft.layer, soco.matrix(draft.layer).float()
-    kfac = draft.rows.square()[:, None] * draft.columns.square()
+    by_row, kfac = draft.scaled(W).square(), (R.sqrt()[:, None] * W * draft.columns).square()
     for part in PARTS:
         last = len(student.kept) // part
         student.kept[:-last], student.kept[-last:] = 1, 0
         yield "components", student, [price[-last:].sum() / 2 for price in (sigma_squared, student.price)]
         drop = W.abs() <= W.abs().flatten().kthvalue(W.numel() // part).values
         pruned = soco.dense_like(layer, W.masked_fill(drop, 0), layer.bias)
-        yield "entries", pruned, [(W.square() * drop * price).sum() / 2 for price in (kfac, draft.price)]
+        yield "entries", pruned, [(drop * price).sum() / 2 for price in (kfac, by_row)]
 
 
 @torch.no_grad()
@@ -39,20 +40,22 @@ def main():
     parser.add_argument("--matrices", type=whole(1), default=40, help="at most so many, evenly spread")
     args = parser.parse_args()
     model, _, calibration, _ = soco.read_inputs(args, *soco.check_run(args))
-    layers, scored = list(soco.block_layers(model).items()), {}
+    layers, scored, R = list(soco.block_layers(model).items()), {}, {}
     batches = soco.sample_batches(calibration, args, HELD_OUT + args.metric_batches)
     held_out, batches = torch.cat(batches[:HELD_OUT]).to(soco.input_device(model)), batches[HELD_OUT:]
 
     layers = dict(layers[::-(-len(layers) // args.matrices)])
     for _, layer, metric in soco.measured(model, layers, batches, progress=True):
         scored[layer] = soco.ScoredLinear(layer, *soco.decompose(layer, metric, "two-sided"))
+        R[layer] = metric.R.diagonal().clone()
     drafts = rpca.drafted(model, layers, batches, progress=True)
     sigma_squared = {layer: student.price.clone() for layer, student in scored.items()}
     soco.set_prices(model, scored, batches, progress=True)
     dense, found = model(held_out, use_cache=False).logits, {"components": [], "entries": []}
     for draft in drafts:
-        for kind, new, predicted in changes(draft, scored[draft.layer], sigma_squared[draft.layer]):
-            with soco.swapped(model, {draft.layer: new}):
+        layer = draft.layer
+        for kind, new, predicted in changes(draft, scored[layer], sigma_squared[layer], R[layer]):
+            with soco.swapped(model, {layer: new}):
                 loss = soco.KLDivergence.apply(dense, model(held_out, use_cache=False).logits)
             found[kind].append([*map(float, predicted), float(loss)])
 
