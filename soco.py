@@ -502,7 +502,7 @@ def set_prices(model, scored, batches, progress=False):
 # ---- compressing a model ------------------------------------------------------------------------
 
 BASES = ("plain", "whitened", "two-sided")
-LR = 0.02        # of the scores; the random part of Adam's steps costs about lr^2 sum(price) nats each
+LR = 0.04        # of the scores, times the ratio: the random part of Adam's steps costs about lr^2 sum(price)
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
 POOL = 1.3       # what a budget this much larger would not keep is dropped for good in stages 1 and 2
 STAGES = (0.5, 0.1, 0.4)     # the parts of a run that descend, swing and polarise
@@ -653,11 +653,12 @@ def stage_and_target(step, steps, stages, start, budget):
 def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True, stages=STAGES, start=None,
           progress=False):
     """Train S and d of `scored` {dense layer: ScoredLinear} in the model, and leave the masks on what
-    `budget`, in parameters, keeps. start: what is kept at the start (default: all). The model itself is left
-    as it was.
+    `budget`, in parameters, keeps. lr: Adam's rate for the scores, times the share that is removed. start:
+    what is kept at the start (default: all). The model itself is left as it was.
     """
     parameters, S, d = int((spectrum.m * spectrum.n).sum()), spectrum.S, spectrum.d
-    rates = [{"params": [S], "lr": lr}, {"params": [d], "lr": lr / 2 if deviation else 0.0}]
+    rate = lr * (1 - budget / parameters)
+    rates = [{"params": [S], "lr": rate}, {"params": [d], "lr": rate / 2 if deviation else 0.0}]
     optimizer = torch.optim.Adam(rates, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(                     # the rates fall to zero over stage 3
         optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / max(steps, 1)) / max(stages[2], 1e-9)))
@@ -1193,7 +1194,7 @@ def main():
     add("--basis", choices=BASES, default="two-sided", help="of the decomposition; plain is the paper's")
     add("--steps", type=whole(0, 10 ** 6), help="of learning, down to the last ratio; each before it has"
         f" its share of them (default: {STEPS} * the last ratio)")
-    add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate for the scores")
+    add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate for the scores, times the ratio")
     add("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
     add("--no-deviation", action="store_true", help="do not learn the output offsets d")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")

@@ -161,7 +161,7 @@ def main():
     parser.add_argument("table", choices=list(TABLES))
     soco.add_run_flags(parser)
     parser.add_argument("--steps", type=whole(1), help="of SoCo's learning (default: as there)")
-    parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="of the scores")
+    parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="of the scores, times the ratio")
     parser.add_argument("--only", default="", help="run only variants whose name holds this")
     args = parser.parse_args()
     bench = Bench(args)
