@@ -1652,7 +1652,7 @@ def test_a_sum_layer_answers_learns_and_is_stored_as_its_weight(m, n, k, bias, d
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_the_worths_of_a_row_add_up_to_the_mean_squared_gradients_of_its_relative_changes(make, monkeypatch, device):
+def test_the_worths_of_a_row_add_up_to_its_fisher_information_token_by_token(make, monkeypatch, device):
     ids, labels, found = tokens(2, 6, device=device), tokens(12, seed=1, device=device), {}
     monkeypatch.setattr(soco, "draw", lambda p, *shape: labels)
     drafts = rpca.drafted(model := make().to(device), block_layers(model), [ids])
