@@ -502,7 +502,7 @@ def set_prices(model, scored, batches, progress=False):
 # ---- compressing a model ------------------------------------------------------------------------
 
 BASES = ("plain", "whitened", "two-sided")
-LR = 0.04        # of the scores, times the ratio: the random part of Adam's steps costs about lr^2 sum(price)
+LR = 0.025       # of the scores, times the ratio: the random part of Adam's steps costs about lr^2 sum(price)
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
 POOL = 1.3       # what a budget this much larger would not keep is dropped for good in stages 1 and 2
 STAGES = (0.5, 0.1, 0.4)     # the parts of a run that descend, swing and polarise
