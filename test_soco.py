@@ -612,6 +612,15 @@ def test_what_cannot_be_met_is_refused_before_a_layer_is_replaced(what):
     assert list(model.modules()) == modules
 
 
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_the_learning_rate_goes_with_the_share_that_is_removed(ratio):
+    layers, batches = block_layers(model := tiny_gpt2()), [tokens(2, 16)]
+    spectrum = soco.Spectrum(list((scored := soco.scored_layers(model, layers, batches)).values()), 1)
+    budget = soco.budget_for(layers, ratio, deviation=False)
+    soco.learn(model, scored, spectrum, batches, budget, 1, lr=0.1)   # Adam's first step is the rate, warming
+    assert (spectrum.S.detach() - 1).abs().max().item() == pytest.approx(0.2 * 0.1 * ratio, rel=1e-2)
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_step():
     layers = block_layers(model := tiny_gpt2())
     with pytest.raises(FloatingPointError, match="step 2 of 10.*learning rate"):
