@@ -148,8 +148,36 @@ class KLDivergence(torch.autograd.Function):
 
 # ---- the layers ---------------------------------------------------------------------------------
 
+class ScoredProduct(torch.autograd.Function):
+    """y = a * U (S * kept) V (c * x) + bias for x [..., n], with U [m, r], V [r, n], S and kept [r], a and
+    bias [m], c [n]; all but x in x's dtype or a wider one.
+
+    The gradients are written out: half the kernels of autograd's, and a score that is not kept gets its own.
+    """
+
+    @staticmethod
+    def forward(ctx, x, S, a, c, bias, kept, U, V):
+        X, masked = x.flatten(0, -2), (S * kept).to(x)
+        z = F.linear(X * c.to(x), V)
+        y = F.linear(z * masked, U)
+        _, _, learns_a, learns_c, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(X if learns_c else None, S, masked, a, c, U, V, z, y if learns_a else None)
+        return torch.addcmul(bias.to(x), a.to(x), y).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        X, S, masked, a, c, U, V, z, y = ctx.saved_tensors
+        g = grad.flatten(0, -2)
+        u = (g * a.to(g)) @ U                        # dL/dS_i: the sum over tokens of (a g . u_i) (v_i . c x)
+        v = (u * masked) @ V
+        of_S, of_a, of_c, of_bias = (None if p is None else p.sum(0, dtype=S.dtype) for p in (
+            u * z, y if y is None else g * y, X if X is None else v * X, g))
+        return (v * c.to(g)).view(*grad.shape[:-1], -1), of_S, of_a, of_c, of_bias, None, None, None
+
+
 class ScoredLinear(nn.Module):
-    """A layer while it learns: y = U (S * sigma * kept) V x + d + b, all frozen but scores S [r] and d [m].
+    """A layer while it learns: y = a * U (S * sigma * kept) V (c * x) + d + b, all frozen but the scores S
+    [r], the gains a [m] of its outputs and c [n] of its inputs, and d [m].
 
     sigma [r] is split between the buffers U [m, r] and V [r, n]. A component with kept [r] = 0 adds nothing
     to y, yet its score receives the gradient it would have if it did (straight through), so that it can grow
@@ -166,13 +194,13 @@ class ScoredLinear(nn.Module):
         self.register_buffer("price", sigma.square().to(W.device, torch.float32))
         self.register_buffer("kept", torch.ones_like(self.price))
         self.S = nn.Parameter(torch.ones_like(self.price))
-        self.d = nn.Parameter(torch.zeros(len(U), device=W.device))
+        self.a, self.c = (nn.Parameter(torch.ones(size, device=W.device)) for size in (len(U), V.shape[1]))
+        self.d = nn.Parameter(torch.zeros_like(self.a))
 
     def forward(self, x):
         if self.teacher:
             return self.layer(x)
-        S = self.S + (self.S * (self.kept - 1)).detach()              # value S * kept, gradient of S
-        return F.linear(F.linear(x, self.V) * S.to(x), self.U, self.bias().to(x))
+        return ScoredProduct.apply(x, self.S, self.a, self.c, self.bias(), self.kept, self.U, self.V)
 
     def bias(self):
         d = self.d * self.offset_scale
@@ -180,8 +208,9 @@ class ScoredLinear(nn.Module):
 
     def finish(self):
         """The layer to store: LowRankLinear of the kept components, or dense where that costs no more."""
-        index, S = self.kept.nonzero()[:, 0].to(self.U.device), self.S.detach().to(self.U.device)
-        U, V = self.U[:, index].to(S) * S[index], self.V[index].to(S)
+        S, a, c, kept = (t.detach().to(self.U.device) for t in (self.S, self.a, self.c, self.kept))
+        index = kept.nonzero()[:, 0]
+        U, V = a[:, None] * self.U[:, index].to(S) * S[index], self.V[index].to(S) * c
         bias = None if self.layer.bias is None and not self.d.any() else self.bias().detach()
         if U.numel() + V.numel() >= self.layer.weight.numel():
             return dense_like(self.layer, U @ V, bias)
@@ -502,7 +531,8 @@ def set_prices(model, scored, batches, progress=False):
 # ---- compressing a model ------------------------------------------------------------------------
 
 BASES = ("plain", "whitened", "two-sided")
-LR = 0.025       # of the scores, times the ratio: the random part of Adam's steps costs about lr^2 sum(price)
+LEARNED = ("S", "a", "c", "d")       # of a ScoredLinear
+LR = 0.01        # times the ratio: the random part of Adam's steps costs about lr^2 sum(price)
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
 POOL = 1.3       # what a budget this much larger would not keep is dropped for good in stages 1 and 2
 STAGES = (0.5, 0.1, 0.4)     # the parts of a run that descend, swing and polarise
@@ -510,22 +540,22 @@ STEPS = 400      # of learning, times the ratio: where less is removed, there is
 METRIC_BATCHES = 64          # to measure on; unlearned, SmolLM2 at 0.5 loses 0.24 nats more on 4 than on 16
 
 
-def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR, deviation=True,
+def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR, learned=LEARNED,
              stages=STAGES, group=8, metric_batches=METRIC_BATCHES, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
     batches: token ids [batch, length], an iterable; repeated when `steps` need more; the metric is measured
     on the first `metric_batches`. steps: of learning, by default STEPS * ratio; 0 chooses without it. basis:
-    of the decomposition. group: ranks are multiples of it. Raises CannotCompress before any work for what
-    cannot be met, FloatingPointError for a loss not finite.
+    of the decomposition. learned: which of S, a, c and d. group: ranks are multiples of it. Raises
+    CannotCompress before any work for what cannot be met, FloatingPointError for a loss not finite.
     """
     batches, layers = list(batches), block_layers(model)
-    deviation = deviation and steps != 0
+    deviation = steps != 0 and "d" in learned
     check(layers, batches, ratio, steps or 0, basis, stages, group, deviation)
     steps = round(STEPS * ratio) if steps is None else steps
     scored = scored_layers(model, layers, batches[:metric_batches], basis, progress)
     spectrum, budget = Spectrum(list(scored.values()), group), budget_for(layers, ratio, deviation)
-    learn(model, scored, spectrum, batches, budget, steps, lr, deviation, stages, progress=progress)
+    learn(model, scored, spectrum, batches, budget, steps, lr, learned, stages, progress=progress)
     return install(model, "soco", layers, finished(scored))
 
 
@@ -586,8 +616,8 @@ def finished(scored):
 
 class Spectrum:
     """The scores, prices and masks of N ScoredLinear layers as one tensor each, S, price and kept [N, r], and
-    their deviations, d [N, m], so that a step does for all of them at once what it does; each layer's own are
-    views of a row. Where a layer has fewer than r components, price is -1.
+    their gains, a [N, m] and c [N, n], and deviations, d [N, m], so that a step does for all of them at once
+    what it does; each layer's own are views of a row. Where a layer has fewer than r components, price is -1.
     """
 
     def __init__(self, layers, group):
@@ -595,20 +625,22 @@ class Spectrum:
         self.m = torch.tensor([len(layer.U) for layer in layers], device=device)
         self.n = torch.tensor([layer.V.shape[1] for layer in layers], device=device)
         self.ranks = [len(layer.price) for layer in layers]
-        self.S = torch.ones(len(layers), max(self.ranks), device=device)
-        self.d = torch.zeros(len(layers), int(self.m.max()), device=device)
+        sizes = max(self.ranks), int(self.m.max()), int(self.n.max()), int(self.m.max())
+        self.S, self.a, self.c, self.d = (torch.ones(len(layers), size, device=device) for size in sizes)
+        self.d.zero_()
         self.price, self.kept = torch.full_like(self.S, -1), torch.zeros_like(self.S)
         for row, (layer, rank) in enumerate(zip(layers, self.ranks)):
             self.price[row, :rank], self.kept[row, :rank] = layer.price, layer.kept
-        for tensor in (self.S, self.d):
-            tensor.requires_grad_(True).grad = torch.zeros_like(tensor)
+        for name in LEARNED:
+            getattr(self, name).requires_grad_(True).grad = torch.zeros_like(getattr(self, name))
         self.share()
 
-    def share(self):
-        """Make the tensors of every layer views of their rows."""
+    def share(self, learned=LEARNED):
+        """Make the tensors of every layer, of those learned the ones named, views of their rows."""
         for row, (layer, rank) in enumerate(zip(self.layers, self.ranks)):
             layer.price, layer.kept = self.price[row, :rank], self.kept[row, :rank]
-            for name, tensor, size in (("S", self.S, rank), ("d", self.d, len(layer.U))):
+            for name in learned:
+                tensor, size = getattr(self, name), rank if name == "S" else len(getattr(layer, name))
                 view = nn.Parameter(tensor.detach()[row, :size])
                 view.grad = tensor.grad[row, :size]
                 setattr(layer, name, view)
@@ -637,7 +669,7 @@ class Spectrum:
             left = order[row, :rank].to(layer.U.device)
             layer.U, layer.V = layer.U[:, left], layer.V[left]
         self.ranks = ranks
-        self.share()
+        self.share("S")
 
 
 def stage_and_target(step, steps, stages, start, budget):
@@ -650,23 +682,23 @@ def stage_and_target(step, steps, stages, start, budget):
     return "polarise", budget
 
 
-def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True, stages=STAGES, start=None,
+def learn(model, scored, spectrum, batches, budget, steps, lr=LR, learned=LEARNED, stages=STAGES, start=None,
           progress=False):
-    """Train S and d of `scored` {dense layer: ScoredLinear} in the model, and leave the masks on what
-    `budget`, in parameters, keeps. lr: Adam's rate for the scores, times the share that is removed. start:
-    what is kept at the start (default: all). The model itself is left as it was.
+    """Train what is `learned` of `scored` {dense layer: ScoredLinear} in the model, and leave the masks on
+    what `budget`, in parameters, keeps. lr: Adam's rate, times the share that is removed; half of it for
+    d. start: what is kept at the start (default: all). The model itself is left as it was.
     """
-    parameters, S, d = int((spectrum.m * spectrum.n).sum()), spectrum.S, spectrum.d
+    parameters, tensors = int((spectrum.m * spectrum.n).sum()), [getattr(spectrum, name) for name in learned]
     rate = lr * (1 - budget / parameters)
-    rates = [{"params": [S], "lr": rate}, {"params": [d], "lr": rate / 2 if deviation else 0.0}]
+    rates = [{"params": [tensor], "lr": rate / 2 if tensor is spectrum.d else rate} for tensor in tensors]
     optimizer = torch.optim.Adam(rates, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(                     # the rates fall to zero over stage 3
         optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / max(steps, 1)) / max(stages[2], 1e-9)))
     stage = None
     with swapped(model, scored), frozen(model, checkpointing=True), torch.enable_grad():
         for student in spectrum.layers:
-            student.S.requires_grad_(True)
-            student.d.requires_grad_(deviation)
+            for name in learned:
+                getattr(student, name).requires_grad_(True)
         for step in (steps_bar := bar(range(steps), progress, desc="learn", unit="step")):
             before = stage
             stage, target = stage_and_target(step, steps, stages, start or parameters, budget)
@@ -680,8 +712,8 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True
             loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
             optimizer.zero_grad(set_to_none=False)
             (loss * ids.numel()).backward()  # Adam does not see the factor; float16 needs it
-            average(loss := loss.detach(), S.grad, d.grad)
-            if not torch.stack([loss, S.grad.sum().to(loss), d.grad.sum().to(loss)]).isfinite().all():
+            average(loss := loss.detach(), *(tensor.grad for tensor in tensors))
+            if not torch.stack([loss, *(tensor.grad.sum().to(loss) for tensor in tensors)]).isfinite().all():
                 raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step "
                                          f"{step + 1} of {steps}: lower the learning rate, --lr, now {lr}")
             optimizer.step()
@@ -692,13 +724,14 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, deviation=True
         spectrum.keep_best(budget)
 
 
-def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, deviation=True, progress=False):
+def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, learned=LEARNED, progress=False):
     """Go down through rising `ratios` in one run, `steps` to the last and its share of them to each before,
     over as many batches; at each, yield (steps so far, {dense layer: layer to store})."""
     done, start = 0, None
     for ratio in ratios:
-        budget, until = budget_for(layers, ratio, deviation), round(steps * ratio / ratios[-1])
-        learn(model, scored, spectrum, batches[done:], budget, until - done, lr, deviation, start=start,
+        budget = budget_for(layers, ratio, deviation=steps > 0 and "d" in learned)
+        until = round(steps * ratio / ratios[-1])
+        learn(model, scored, spectrum, batches[done:], budget, until - done, lr, learned, start=start,
               progress=progress)
         yield until, finished(scored)
         done, start = until, budget
@@ -1194,14 +1227,14 @@ def main():
     add("--basis", choices=BASES, default="two-sided", help="of the decomposition; plain is the paper's")
     add("--steps", type=whole(0, 10 ** 6), help="of learning, down to the last ratio; each before it has"
         f" its share of them (default: {STEPS} * the last ratio)")
-    add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate for the scores, times the ratio")
+    add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate, times the ratio")
     add("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
-    add("--no-deviation", action="store_true", help="do not learn the output offsets d")
+    add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: the paper learns S")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     args = parser.parse_args()
     device, dtype = check_run(args)
     args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
-    deviation = args.steps > 0 and not args.no_deviation
+    deviation = args.steps > 0 and "d" in args.learn
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "soco", stack)
         model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
@@ -1238,7 +1271,7 @@ def main():
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
         learned = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr,
-                             deviation, progress=True)
+                             args.learn, progress=True)
         for ratio in args.ratio:
             with report.clock("learn"):
                 steps, new = next(learned)

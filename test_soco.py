@@ -45,8 +45,8 @@ import rpca
 import soco
 from bench.baselines import oats, sparsegpt
 from eval_ppl import encode, perplexity
-from soco import (BASES, CannotCompress, KLDivergence, LowRankLinear, ScoredLinear, Spectrum, block_layers,
-                  choose, collect_metric, compress, factor, frozen, load, matrix, save, swapped)
+from soco import (BASES, LEARNED, CannotCompress, KLDivergence, LowRankLinear, ScoredLinear, Spectrum,
+                  block_layers, choose, collect_metric, compress, factor, frozen, load, matrix, save, swapped)
 
 VOCAB = 64
 SHAPES = [(7, 5), (5, 11), (8, 8), (1, 6), (6, 1)]
@@ -270,21 +270,29 @@ def scored(kind, m, n, basis="plain", device="cpu"):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("basis", BASES)
-def test_scores_and_deviation_get_their_gradients_and_masked_scores_that_of_coming_back(basis, kind, device):
+def test_what_is_learned_gets_its_gradient_and_masked_scores_that_of_coming_back(basis, kind, device):
     layer, student, x = scored(kind, 5, 11, basis, device)
     torch.testing.assert_close(student(x), layer(x), rtol=1e-9, atol=1e-9)      # scores of one, full rank
     student.kept[1:] = 0                            # rank 1 takes 16 of 55 parameters, rank 2 more than half
     half = soco.truncated(layer, *factor(matrix(layer), *metric_of(basis, 5, 11, device)[2:]), 0.5)
     torch.testing.assert_close(half(x), student(x), rtol=1e-6, atol=1e-6)
     target, parts = random(4, 5, seed=8, device=device), student.U.T[:, :, None] * student.V[:, None]
-    student.S.data, student.d.data = (random(5, seed=seed, device=device) for seed in (9, 10))
+    for seed, name in enumerate(LEARNED):
+        size = len(getattr(student, name))
+        getattr(student, name).data = random(size, seed=9 + seed, device=device)
     student.kept.copy_(torch.tensor([0, 1, 0, 1, 0]))
     y, bias = student(x), 0 if layer.bias is None else layer.bias
-    expected = sum(student.S[i] * (x @ parts[i].T) for i in (1, 3)) + 3 * student.d + bias
+    S, a, c, d = map(student.get_parameter, LEARNED)
+    W = S[1] * parts[1] + S[3] * parts[3]
+    expected = (x * c) @ W.T * a + 3 * d + bias
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     (y - target).square().sum().backward()
-    changes = [x @ part.T for part in parts] + list(3 * torch.eye(5, device=device))
-    for change, gradient in zip(changes, torch.cat([student.S.grad, student.d.grad]).tolist()):
+    changes = [(x * c) @ part.T * a for part in parts]
+    changes += [(x * c) @ W.T * one for one in torch.eye(5, device=device)]
+    changes += [(x * one) @ W.T * a for one in torch.eye(11, device=device)]
+    changes += list(3 * torch.eye(5, device=device))
+    gradients = torch.cat([student.get_parameter(name).grad for name in LEARNED]).tolist()
+    for change, gradient in zip(changes, gradients, strict=True):
         up, down = ((y + step * change - target).square().sum().item() for step in (0.5, -0.5))
         assert gradient == pytest.approx(up - down, rel=1e-5, abs=1e-5)
 
@@ -294,7 +302,8 @@ def test_scores_and_deviation_get_their_gradients_and_masked_scores_that_of_comi
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_stored_answers_like_what_learned(kind, kept, m, n, device):
     layer, student, x = scored(kind, m, n, "two-sided", device)
-    student.S.data, student.d.data = (random(size, seed=9, device=device).float() for size in (min(m, n), m))
+    for name in LEARNED:
+        getattr(student, name).data = random(len(getattr(student, name)), seed=9, device=device).float()
     student.kept[:-kept] = 0
     layer.weight.requires_grad_(False)
     expected, new, k = student(x), student.finish(), min(kept, m, n)
@@ -307,8 +316,9 @@ def test_what_is_stored_answers_like_what_learned(kind, kept, m, n, device):
 def test_a_scored_layer_is_moved_and_restored_like_any_module():
     _, student, x = scored("linear", 7, 5)
     student.S.data, student.d.data, student.price, student.kept[3] = random(5), random(7), random(5), 0
+    student.a.data, student.c.data = random(7), random(5)
     state, again = student.state_dict(), scored("linear", 7, 5, "two-sided")[1].double()
-    assert state.keys() == {"S", "d", "U", "V", "price", "kept", "layer.weight", "layer.bias"}
+    assert state.keys() == {*LEARNED, "U", "V", "price", "kept", "layer.weight", "layer.bias"}
     again.load_state_dict(state)
     torch.testing.assert_close((again(x), again.price), (student(x), student.price), rtol=1e-12, atol=1e-12)
     moved = again.to(torch.float32)
@@ -442,7 +452,7 @@ def spectrum_of(model, ids, group=1):
 def test_the_tensors_of_layers_are_rows_of_the_spectrum():
     model, ids = tiny_llama(), tokens(2, 16)
     students, spectrum, half = spectrum_of(model, ids)
-    for tensor in (spectrum.S.data, spectrum.d.data):
+    for tensor in (spectrum.S.data, spectrum.a.data, spectrum.c.data, spectrum.d.data):
         tensor.copy_(random(*tensor.shape))
     spectrum.keep_best(half)
     worth = torch.where(spectrum.price < 0, -1, spectrum.price * spectrum.S.detach() ** 2)
@@ -453,7 +463,8 @@ def test_the_tensors_of_layers_are_rows_of_the_spectrum():
         (m, r), n = student.U.shape, student.V.shape[1]
         assert (spectrum.m[row], spectrum.n[row], r) == (m, n, min(m, n))
         assert (spectrum.price[row] >= 0).sum() == r and student.S.grad.all() and student.d.grad.all()
-        for name, size in (("S", r), ("d", m), ("price", r), ("kept", r), ("S.grad", r), ("d.grad", m)):
+        sizes = {"S": r, "a": m, "c": n, "d": m}
+        for name, size in (sizes | {"price": r, "kept": r} | {f"{k}.grad": sizes[k] for k in sizes}).items():
             own, whole = (operator.attrgetter(name)(held) for held in (student, spectrum))
             assert own.shape == (size,) and own.data_ptr() == whole[row].data_ptr()
 
@@ -484,14 +495,14 @@ def test_shrinking_keeps_the_function_and_sorts_what_adam_remembers():
     assert torch.equal(spectrum.choice(2 * half).sum(1), pool.sum(1))  # the others are out for good
 
 
-@pytest.mark.parametrize("steps, deviation", [(0, True), (4, True), (4, False)])
+@pytest.mark.parametrize("steps, learned", [(0, LEARNED), (4, LEARNED), (4, "S")])
 @pytest.mark.parametrize("ratio, group", [(0.2, 1), (0.5, 1), (0.7, 2), (0.3, 8)])
 @pytest.mark.parametrize("make", MODELS)
-def test_the_budget_is_met_and_ranks_are_multiples(make, ratio, group, steps, deviation, device):
+def test_the_budget_is_met_and_ranks_are_multiples(make, ratio, group, steps, learned, device):
     model = make().to(device)
     dense, stored, ranks = block_layers(model), 0, []
     shapes = [matrix(layer).shape for layer in dense.values()]
-    assert compress(model, [tokens(2, 16)], ratio, steps, deviation=deviation, group=group) is model
+    assert compress(model, [tokens(2, 16)], ratio, steps, learned=learned, group=group) is model
     specs = model.config.compressed["layers"]
     assert specs.keys() == dense.keys()
     for (name, layer), (m, n) in zip(dense.items(), shapes):
@@ -513,7 +524,7 @@ def test_one_run_meets_every_budget_as_well_as_single_runs_and_leaves_the_model_
     shapes = [layer.weight.shape for layer in layers.values()]
 
     def learned(students, spectrum, budget, steps, start=None):
-        soco.learn(model, students, spectrum, [ids], budget, steps, deviation=False, start=start)
+        soco.learn(model, students, spectrum, [ids], budget, steps, learned="S", start=start)
         stored = sum(p.numel() for new in soco.finished(students).values() for p in new.parameters())
         assert_within(stored, budget, shapes, spectrum.kept.sum(1).tolist(), 2)
         with swapped(model, soco.finished(students)):
@@ -565,9 +576,9 @@ def test_learning_lowers_the_divergence_also_on_other_text():
     dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
     batches = encode(tokenizer, "\n\n".join(topics.values())[:30_000])[:640].view(5, 2, 64)
     targets, found = [logits(dense, ids) for ids in batches], []
-    for steps, deviation in ((0, False), (20, False), (20, True)):
+    for steps, learned in ((0, "S"), (20, "S"), (20, LEARNED)):
         torch.manual_seed(0)
-        model = compress(copy.deepcopy(dense), batches[:4], 0.5, steps, deviation=deviation)
+        model = compress(copy.deepcopy(dense), batches[:4], 0.5, steps, learned=learned)
         found.append([divergence(targets[part], model, batches[part]) for part in (slice(4), slice(4, 5))])
     seen, other = zip(*found)
     assert 1.05 * seen[2] < seen[1] < 0.7 * seen[0] and max(other[1:]) < 0.95 * other[0]
@@ -1281,7 +1292,7 @@ def test_half_the_parameters_take_at_most_six_tenths_of_the_bytes(method, tmp_pa
 MODEL_FLAGS = "model revision trust_remote_code device device_map dtype eval "
 SHARED = MODEL_FLAGS + ("ratio calib same_text seqlen batch_size metric_batches eval_seqlen eval_stride "
                         "eval_blocks no_baselines seed out ")
-FLAGS = {"soco.py": SHARED + "basis steps lr rank_multiple no_deviation gradient_checkpointing",
+FLAGS = {"soco.py": SHARED + "basis steps lr rank_multiple learn gradient_checkpointing",
          "rpca.py": SHARED + "estimator rank_share rounds no_scale no_refit",
          "eval_ppl.py": MODEL_FLAGS + "seqlen stride blocks"}
 KEYS = ("method command compressible_params kept_params dense_bytes file_bytes seconds peak_memory_bytes ppl "

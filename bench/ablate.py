@@ -131,11 +131,10 @@ PRUNED = {name: ("pruned", {"prune": prune})
 SOCO = {
     "full method": {}, "no learning": {"steps": 0}, "rank multiple 1": {"group": 1},
     "price sigma^2 (K-FAC)": {"replace": {"set_prices": lambda *_: None}},
-    "no deviation": {"deviation": False},
+    "S and d learned": {"learned": "Sd"}, "S alone learned, as in the paper": {"learned": "S"},
     "no stage 2 (its steps to stage 3)": {"stages": (0.5, 0.0, 0.5)},
     "no stage 3 (its steps to stage 2)": {"stages": (0.5, 0.5, 0.0)},
-    "learned ranks, scores set back to 1, no deviation": {
-        "replace": {"finished": finished_at_1}, "deviation": False},
+    "S alone learned, and set back to 1": {"replace": {"finished": finished_at_1}, "learned": "S"},
     "basis whitened": {"basis": "whitened"}, "basis plain": {"basis": "plain"}}
 CAP = {
     "full method": {}, "no low-rank part": {"rank_share": 0.0},
@@ -161,7 +160,7 @@ def main():
     parser.add_argument("table", choices=list(TABLES))
     soco.add_run_flags(parser)
     parser.add_argument("--steps", type=whole(1), help="of SoCo's learning (default: as there)")
-    parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="of the scores, times the ratio")
+    parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="times the ratio")
     parser.add_argument("--only", default="", help="run only variants whose name holds this")
     args = parser.parse_args()
     bench = Bench(args)
