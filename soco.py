@@ -3,11 +3,12 @@
     python soco.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python soco.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
-The method, on one screen. Every block weight W [m, n] becomes W' = U diag(S * sigma) V + d, where U
-diag(sigma) V is its singular value decomposition in a metric (`factor`), S (the *scores*; S is the sparse
-part in rpca.py) starts at 1, and the *deviation* d, an offset of the outputs, at 0. Only S and d are trained,
-to keep KL(dense || compressed) small, and the components that are kept are chosen again and again by what the
-*learned* scores say they are worth,
+The method, on one screen. Every block weight W [m, n] becomes W' = diag(a) U diag(S * sigma) V diag(c) and an
+offset d of the outputs, where U diag(sigma) V is its singular value decomposition in a metric (`factor`). The
+*scores* S (in rpca.py S is the sparse part) and the *gains* a, c of outputs and inputs start at 1, the
+*deviation* d at 0. Only these are trained, to keep KL(dense || compressed) small; the gains fold into the
+factors for nothing, and win where S and d have won what they can. What is kept is chosen again and again by
+what the *learned* scores say a component is worth,
 
     F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, in one currency,
 
@@ -149,10 +150,11 @@ class KLDivergence(torch.autograd.Function):
 # ---- the layers ---------------------------------------------------------------------------------
 
 class ScoredProduct(torch.autograd.Function):
-    """y = a * U (S * kept) V (c * x) + bias for x [..., n], with U [m, r], V [r, n], S and kept [r], a and
-    bias [m], c [n]; all but x in x's dtype or a wider one.
+    """y = a * U (S * kept) V (c * x) + bias of x [..., n], where U is [m, r], V [r, n], S and kept [r], a and
+    bias [m], c [n]; all but U and V may be of a wider dtype and on another device than x.
 
-    The gradients are written out: half the kernels of autograd's, and a score that is not kept gets its own.
+    The gradients are written out, to need fewer kernels, and because that of S is not autograd's: whether a
+    component is kept or not, dL/dS_i is the sum over tokens of (u_i . a g)(v_i . c x), g = dL/dy.
     """
 
     @staticmethod
@@ -168,11 +170,15 @@ class ScoredProduct(torch.autograd.Function):
     def backward(ctx, grad):
         X, S, masked, a, c, U, V, z, y = ctx.saved_tensors
         g = grad.flatten(0, -2)
-        u = (g * a.to(g)) @ U                        # dL/dS_i: the sum over tokens of (a g . u_i) (v_i . c x)
-        v = (u * masked) @ V
-        of_S, of_a, of_c, of_bias = (None if p is None else p.sum(0, dtype=S.dtype) for p in (
-            u * z, y if y is None else g * y, X if X is None else v * X, g))
-        return (v * c.to(g)).view(*grad.shape[:-1], -1), of_S, of_a, of_c, of_bias, None, None, None
+        u = (g * a.to(g)) @ U
+        v = (u * masked) @ V                                          # dL/d(c * x)
+
+        def over_tokens(product):
+            return product.sum(0, dtype=S.dtype).to(S.device)
+
+        return ((v * c.to(g)).view(*grad.shape[:-1], -1), over_tokens(u * z),
+                over_tokens(g * y) if ctx.needs_input_grad[2] else None,
+                over_tokens(v * X) if ctx.needs_input_grad[3] else None, over_tokens(g), None, None, None)
 
 
 class ScoredLinear(nn.Module):
@@ -550,39 +556,40 @@ def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR,
     CannotCompress before any work for what cannot be met, FloatingPointError for a loss not finite.
     """
     batches, layers = list(batches), block_layers(model)
-    deviation = steps != 0 and "d" in learned
-    check(layers, batches, ratio, steps or 0, basis, stages, group, deviation)
+    check(layers, batches, ratio, steps, basis, stages, group, learned)
     steps = round(STEPS * ratio) if steps is None else steps
     scored = scored_layers(model, layers, batches[:metric_batches], basis, progress)
-    spectrum, budget = Spectrum(list(scored.values()), group), budget_for(layers, ratio, deviation)
+    spectrum, budget = Spectrum(list(scored.values()), group), budget_for(layers, ratio, steps, learned)
     learn(model, scored, spectrum, batches, budget, steps, lr, learned, stages, progress=progress)
     return install(model, "soco", layers, finished(scored))
 
 
-def check(layers, batches, ratio, steps, basis, stages, group, deviation):
+def check(layers, batches, ratio, steps, basis, stages, group, learned):
     """Refuse what `compress` cannot do."""
     if torch.is_inference_mode_enabled():
         raise CannotCompress("nothing can be learned under torch.inference_mode(): leave it, or use no_grad")
     if not batches:
         raise CannotCompress("there are no batches: give token ids [batch, length] to learn from")
-    if steps < 0 or group < 1 or basis not in BASES or len(stages) != 3 or min(stages) < 0:
+    if (steps or 0) < 0 or group < 1 or basis not in BASES or len(stages) != 3 or min(stages) < 0:
         raise CannotCompress(f"steps {steps}, group {group}, basis {basis!r} or stages {stages} cannot be: "
                              f"give steps >= 0, group >= 1, a basis of {', '.join(BASES)}, three parts >= 0")
+    if not learned or not set(learned) <= set(LEARNED):
+        raise CannotCompress(f"learned {learned!r} is not of {', '.join(LEARNED)}")
     if not 0 < ratio < 1:
         raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
     least = sum(min(group * sum(layer.weight.shape), layer.weight.numel()) for layer in layers.values())
-    budget = budget_for(layers, ratio, deviation)
+    budget = budget_for(layers, ratio, steps, learned)
     if budget < least:
         raise CannotCompress(f"ratio {ratio} leaves {budget} parameters, and the least rank of every matrix "
                              f"takes {least}: give a smaller ratio or rank multiple")
 
 
-def budget_for(layers, ratio, deviation):
-    """Parameters that the factors of `layers` {name: layer} may take: what `ratio` leaves, less the
-    deviations' new biases."""
+def budget_for(layers, ratio, steps=0, learned=LEARNED):
+    """Parameters that the factors of `layers` {name: layer} may take: what `ratio` leaves, less the new
+    biases of deviations, if these are learned."""
     parameters = sum(layer.weight.numel() for layer in layers.values())
-    biases = sum(len(matrix(layer)) for layer in layers.values() if deviation and layer.bias is None)
-    return math.floor((1 - ratio) * parameters + 1e-6) - biases
+    biases = sum(len(matrix(layer)) for layer in layers.values() if layer.bias is None)
+    return math.floor((1 - ratio) * parameters + 1e-6) - (biases if steps != 0 and "d" in learned else 0)
 
 
 def scored_layers(model, layers, batches, basis="two-sided", progress=False, visit=lambda layer, metric: 0):
@@ -729,8 +736,7 @@ def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, lear
     over as many batches; at each, yield (steps so far, {dense layer: layer to store})."""
     done, start = 0, None
     for ratio in ratios:
-        budget = budget_for(layers, ratio, deviation=steps > 0 and "d" in learned)
-        until = round(steps * ratio / ratios[-1])
+        budget, until = budget_for(layers, ratio, steps, learned), round(steps * ratio / ratios[-1])
         learn(model, scored, spectrum, batches[done:], budget, until - done, lr, learned, start=start,
               progress=progress)
         yield until, finished(scored)
@@ -1234,14 +1240,13 @@ def main():
     args = parser.parse_args()
     device, dtype = check_run(args)
     args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
-    deviation = args.steps > 0 and "d" in args.learn
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "soco", stack)
         model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
         layers = block_layers(model)
         batches = sample_batches(calibration, args, max(args.steps, args.metric_batches))
         for ratio in args.ratio:
-            check(layers, batches, ratio, args.steps, args.basis, STAGES, args.rank_multiple, deviation)
+            check(layers, batches, ratio, args.steps, args.basis, STAGES, args.rank_multiple, args.learn)
         if args.gradient_checkpointing:
             enable_checkpointing(model)
         report = Report("soco", args, model, layers, evaluation)
@@ -1267,7 +1272,7 @@ def main():
                    for layer, student in scored.items()}
             name = "KFAC-SVD" if args.basis == "two-sided" else f"{args.basis} SVD"
             report.score("svd_kfac", f"{name}, same share", ratio, new)
-            spectrum.keep_best(budget_for(layers, ratio, deviation=False))
+            spectrum.keep_best(budget_for(layers, ratio))
             report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
 
         learned = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr,

@@ -313,6 +313,14 @@ def test_what_is_stored_answers_like_what_learned(kind, kept, m, n, device):
     assert new.weight.dtype == layer.weight.dtype and not any(p.requires_grad for p in new.parameters())
 
 
+def test_gains_fold_into_the_factors_bit_for_bit():
+    U, sigma, V = factor(matrix(layer := make_layer("linear without bias", 7, 5)))
+    student, x = ScoredLinear(layer, U[:, :2], sigma[:2], V[:2]), random(4, 5, seed=7)
+    for seed, name in enumerate("Sac"):                               # powers of two: their products are exact
+        getattr(student, name).data = 2.0 ** random(len(student.get_parameter(name)), seed=seed).round()
+    assert type(new := student.finish()) is LowRankLinear and torch.equal(new(x), student(x))
+
+
 def test_a_scored_layer_is_moved_and_restored_like_any_module():
     _, student, x = scored("linear", 7, 5)
     student.S.data, student.d.data, student.price, student.kept[3] = random(5), random(7), random(5), 0
@@ -600,7 +608,7 @@ REFUSED_SETTINGS = {        # what the message says: settings
     "no batches": {"batches": []}, "no calibration token": {"metric_batches": 0}, "steps -1": {"steps": -1},
     "group 0": {"group": 0}, "basis 'diagonal'": {"basis": "diagonal"}, "three parts": {"stages": (0.5, 0.5)},
     **{f"ratio {ratio}": {"ratio": ratio} for ratio in (0, 1, 1.5, -0.1, math.nan, 0.999)},
-    "ratio 0.5": {"group": 24},
+    "ratio 0.5": {"group": 24}, "learned 'Sb'": {"learned": "Sb"}, "learned ''": {"learned": ""},
 }
 REFUSED_MODELS = {          # what the message says: a change of a model, or another model
     "GPT2LMHeadModel": lambda model: tiny_gpt2(num_hidden_layers=0),
@@ -627,7 +635,7 @@ def test_what_cannot_be_met_is_refused_before_a_layer_is_replaced(what):
 def test_the_learning_rate_goes_with_the_share_that_is_removed(ratio):
     layers, batches = block_layers(model := tiny_gpt2()), [tokens(2, 16)]
     spectrum = soco.Spectrum(list((scored := soco.scored_layers(model, layers, batches)).values()), 1)
-    budget = soco.budget_for(layers, ratio, deviation=False)
+    budget = soco.budget_for(layers, ratio)
     soco.learn(model, scored, spectrum, batches, budget, 1, lr=0.1)   # Adam's first step is the rate, warming
     assert (spectrum.S.detach() - 1).abs().max().item() == pytest.approx(0.2 * 0.1 * ratio, rel=1e-2)
 
@@ -885,7 +893,8 @@ PASTED = {
                "same(choose(torch.tensor([[3.0, 1], [9, 8]]), n, n, 54, 1).sum(1), torch.tensor([1, 2]))"),
     "KLDivergence": ("", "t, s = W[None], (-W)[None].requires_grad_(); KLDivergence.apply(t, s).backward(); "
                      "same(s.grad, (s.softmax(-1) - t.softmax(-1)).detach() / 4)"),
-    "ScoredLinear": ("LowRankLinear low_rank dense_like is_conv1d", "dense = nn.Linear(5, 4).double(); "
+    "ScoredLinear": ("ScoredProduct LowRankLinear low_rank dense_like is_conv1d",
+                     "dense = nn.Linear(5, 4).double(); "
                      "scored = ScoredLinear(dense, *torch.linalg.svd(dense.weight.detach(), False)); "
                      "same(scored(W), dense(W)); scored.kept[2:] = 0; same(scored.finish()(W), scored(W))"),
     "LowRankLinear": ("", "low = LowRankLinear(5, 4, 2).double(); "
