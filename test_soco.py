@@ -557,7 +557,7 @@ def test_steps_follow_the_ratio_and_each_ratio_of_a_run_gets_its_share(monkeypat
     students, spectrum, _ = spectrum_of(model, batches[0])
     run = soco.learn_down(model, students, spectrum, block_layers(model), batches, [0.2, 0.3, 0.5], 20, 0.02)
     assert [until for until, _ in run] == [8, 12, 20]
-    assert calls == [(1, 80), (1, 220), (20, 8), (12, 4), (8, 8)]     # batches that are left, steps
+    assert calls == [(1, 160), (1, 440), (20, 8), (12, 4), (8, 8)]     # batches that are left, steps
 
 
 def test_one_seed_gives_one_result_in_training_mode_under_no_grad_and_with_checkpointing():
