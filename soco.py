@@ -159,26 +159,24 @@ class ScoredProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, S, a, c, bias, kept, U, V):
-        X, masked = x.flatten(0, -2), (S * kept).to(x)
-        z = F.linear(X * c.to(x), V)
+        X, ctx.like = x.flatten(0, -2), {"dtype": S.dtype, "device": S.device}
+        masked, a, c, bias = (t.to(x) for t in (S * kept, a, c, bias))
+        z = F.linear(X * c, V)
         y = F.linear(z * masked, U)
         _, _, learns_a, learns_c, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(X if learns_c else None, S, masked, a, c, U, V, z, y if learns_a else None)
-        return torch.addcmul(bias.to(x), a.to(x), y).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(X if learns_c else None, masked, a, c, U, V, z, y if learns_a else None)
+        return torch.addcmul(bias, a, y).unflatten(0, x.shape[:-1])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        X, S, masked, a, c, U, V, z, y = ctx.saved_tensors
+        X, masked, a, c, U, V, z, y = ctx.saved_tensors
         g = grad.flatten(0, -2)
-        u = (g * a.to(g)) @ U
+        u = (g * a) @ U
         v = (u * masked) @ V                                          # dL/d(c * x)
-
-        def over_tokens(product):
-            return product.sum(0, dtype=S.dtype).to(S.device)
-
-        return ((v * c.to(g)).view(*grad.shape[:-1], -1), over_tokens(u * z),
-                over_tokens(g * y) if ctx.needs_input_grad[2] else None,
-                over_tokens(v * X) if ctx.needs_input_grad[3] else None, over_tokens(g), None, None, None)
+        sums = [None if terms is None else terms.sum(0, dtype=ctx.like["dtype"]).to(**ctx.like) for terms in
+                (u * z, None if y is None else g * y, None if X is None else v * X, g)]
+        return (v * c).unflatten(0, grad.shape[:-1]), *sums, None, None, None
 
 
 class ScoredLinear(nn.Module):
@@ -632,28 +630,28 @@ class Spectrum:
         self.m = torch.tensor([len(layer.U) for layer in layers], device=device)
         self.n = torch.tensor([layer.V.shape[1] for layer in layers], device=device)
         self.ranks = [len(layer.price) for layer in layers]
-        sizes = max(self.ranks), int(self.m.max()), int(self.n.max()), int(self.m.max())
-        self.S, self.a, self.c, self.d = (torch.ones(len(layers), size, device=device) for size in sizes)
-        self.d.zero_()
+        m, n = int(self.m.max()), int(self.n.max())
+        for name, size in zip(LEARNED, (max(self.ranks), m, n, m)):
+            tensor = torch.full((len(layers), size), float(name != "d"), device=device, requires_grad=True)
+            tensor.grad = torch.zeros_like(tensor)
+            setattr(self, name, tensor)
         self.price, self.kept = torch.full_like(self.S, -1), torch.zeros_like(self.S)
         for row, (layer, rank) in enumerate(zip(layers, self.ranks)):
             self.price[row, :rank], self.kept[row, :rank] = layer.price, layer.kept
-        for name in LEARNED:
-            getattr(self, name).requires_grad_(True).grad = torch.zeros_like(getattr(self, name))
         self.share()
 
     def share(self, learned=LEARNED):
-        """Make the tensors of every layer, of those learned the ones named, views of their rows."""
+        """Make price, kept and what is named in `learned` of every layer views of their rows."""
         for row, (layer, rank) in enumerate(zip(self.layers, self.ranks)):
             layer.price, layer.kept = self.price[row, :rank], self.kept[row, :rank]
             for name in learned:
                 tensor, size = getattr(self, name), rank if name == "S" else len(getattr(layer, name))
-                view = nn.Parameter(tensor.detach()[row, :size])
+                view = nn.Parameter(tensor.detach()[row, :size], getattr(layer, name).requires_grad)
                 view.grad = tensor.grad[row, :size]
                 setattr(layer, name, view)
 
     def choice(self, budget):
-        """`choose` by the predicted loss of dropping each component, price S^2 [N, r]."""
+        """`choose` by the predicted loss of dropping each component, price S^2 [N, r], as if gains were 1."""
         worth = torch.where(self.price < 0, -1.0, self.price * self.S.detach().square())
         return choose(worth, self.m, self.n, budget, self.group)
 
@@ -669,7 +667,8 @@ class Spectrum:
             return
         order = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         self.price.masked_fill_(~keep, -1)
-        moments = [moment for moment in optimizer.state[self.S].values() if moment.shape == self.S.shape]
+        state = optimizer.state.get(self.S, {}).values()
+        moments = [moment for moment in state if moment.shape == self.S.shape]
         for tensor in (self.S.detach(), self.price, self.kept, *moments):
             tensor.copy_(tensor.gather(1, order))
         for row, (layer, rank) in enumerate(zip(self.layers, ranks)):
@@ -695,6 +694,7 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, learned=LEARNE
     what `budget`, in parameters, keeps. lr: Adam's rate, times the share that is removed; half of it for
     d. start: what is kept at the start (default: all). The model itself is left as it was.
     """
+    learned = [name for name in LEARNED if name in learned]
     parameters, tensors = int((spectrum.m * spectrum.n).sum()), [getattr(spectrum, name) for name in learned]
     rate = lr * (1 - budget / parameters)
     rates = [{"params": [tensor], "lr": rate / 2 if tensor is spectrum.d else rate} for tensor in tensors]
@@ -1235,7 +1235,8 @@ def main():
         f" its share of them (default: {STEPS} * the last ratio)")
     add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate, times the ratio")
     add("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
-    add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: the paper learns S")
+    add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: scores, gains of"
+        " outputs and of inputs, offsets (the paper: scores and a deviation)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     args = parser.parse_args()
     device, dtype = check_run(args)

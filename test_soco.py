@@ -316,7 +316,7 @@ def test_what_is_stored_answers_like_what_learned(kind, kept, m, n, device):
 def test_gains_fold_into_the_factors_bit_for_bit():
     U, sigma, V = factor(matrix(layer := make_layer("linear without bias", 7, 5)))
     student, x = ScoredLinear(layer, U[:, :2], sigma[:2], V[:2]), random(4, 5, seed=7)
-    for seed, name in enumerate("Sac"):                               # powers of two: their products are exact
+    for seed, name in enumerate("Sac"):             # powers of two: their products are exact
         getattr(student, name).data = 2.0 ** random(len(student.get_parameter(name)), seed=seed).round()
     assert type(new := student.finish()) is LowRankLinear and torch.equal(new(x), student(x))
 
@@ -503,7 +503,7 @@ def test_shrinking_keeps_the_function_and_sorts_what_adam_remembers():
     assert torch.equal(spectrum.choice(2 * half).sum(1), pool.sum(1))  # the others are out for good
 
 
-@pytest.mark.parametrize("steps, learned", [(0, LEARNED), (4, LEARNED), (4, "S")])
+@pytest.mark.parametrize("steps, learned", [(0, LEARNED), (4, LEARNED), (4, "S"), (4, "ac")])
 @pytest.mark.parametrize("ratio, group", [(0.2, 1), (0.5, 1), (0.7, 2), (0.3, 8)])
 @pytest.mark.parametrize("make", MODELS)
 def test_the_budget_is_met_and_ranks_are_multiples(make, ratio, group, steps, learned, device):

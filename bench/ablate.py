@@ -131,7 +131,7 @@ PRUNED = {name: ("pruned", {"prune": prune})
 SOCO = {
     "full method": {}, "no learning": {"steps": 0}, "rank multiple 1": {"group": 1},
     "price sigma^2 (K-FAC)": {"replace": {"set_prices": lambda *_: None}},
-    "S and d learned": {"learned": "Sd"}, "S alone learned, as in the paper": {"learned": "S"},
+    "S and d learned": {"learned": "Sd"}, "S alone learned": {"learned": "S"},
     "no stage 2 (its steps to stage 3)": {"stages": (0.5, 0.0, 0.5)},
     "no stage 3 (its steps to stage 2)": {"stages": (0.5, 0.5, 0.0)},
     "S alone learned, and set back to 1": {"replace": {"finished": finished_at_1}, "learned": "S"},
@@ -160,12 +160,13 @@ def main():
     parser.add_argument("table", choices=list(TABLES))
     soco.add_run_flags(parser)
     parser.add_argument("--steps", type=whole(1), help="of SoCo's learning (default: as there)")
-    parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="times the ratio")
+    parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="Adam's rate, times the ratio")
     parser.add_argument("--only", default="", help="run only variants whose name holds this")
     args = parser.parse_args()
     bench = Bench(args)
     settings = {key: value for key, value in vars(args).items() if key not in ("table", "only", "ratio")}
     settings |= {key: Path(settings[key]).name for key in ("model", "calib", "eval")}
+    settings["steps"] = args.steps or f"{soco.STEPS} times the ratio"
     name = re.sub(r"\W+", "-", f"{args.table}-{settings['model']}-{args.seed}")
     path = Path(__file__).parent / "results" / f"{name}.json"
     results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "variants": {}}
