@@ -150,8 +150,8 @@ class KLDivergence(torch.autograd.Function):
 # ---- the layers ---------------------------------------------------------------------------------
 
 class ScoredProduct(torch.autograd.Function):
-    """y = a * U (S * kept) V (c * x) + bias of x [..., n], where U is [m, r], V [r, n], S and kept [r], a and
-    bias [m], c [n]; all but U and V may be of a wider dtype and on another device than x.
+    """y = a * U (S * kept) V (c * x) + bias of x [tokens, n], where U is [m, r], V [r, n], S and kept [r],
+    a and bias [m], c [n]; all but U and V may be of a wider dtype and on another device than x.
 
     The gradients are written out, to need fewer kernels, and because that of S is not autograd's: whether a
     component is kept or not, dL/dS_i is the sum over tokens of (u_i . a g)(v_i . c x), g = dL/dy.
@@ -159,24 +159,23 @@ class ScoredProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, S, a, c, bias, kept, U, V):
-        X, ctx.like = x.flatten(0, -2), {"dtype": S.dtype, "device": S.device}
+        ctx.like = {"dtype": S.dtype, "device": S.device}
         masked, a, c, bias = (t.to(x) for t in (S * kept, a, c, bias))
-        z = F.linear(X * c, V)
+        z = F.linear(x * c, V)
         y = F.linear(z * masked, U)
         _, _, learns_a, learns_c, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(X if learns_c else None, masked, a, c, U, V, z, y if learns_a else None)
-        return torch.addcmul(bias, a, y).unflatten(0, x.shape[:-1])
+        ctx.save_for_backward(x if learns_c else None, masked, a, c, U, V, z, y if learns_a else None)
+        return torch.addcmul(bias, a, y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        X, masked, a, c, U, V, z, y = ctx.saved_tensors
-        g = grad.flatten(0, -2)
+    def backward(ctx, g):
+        x, masked, a, c, U, V, z, y = ctx.saved_tensors
         u = (g * a) @ U
         v = (u * masked) @ V                                          # dL/d(c * x)
         sums = [None if terms is None else terms.sum(0, dtype=ctx.like["dtype"]).to(**ctx.like) for terms in
-                (u * z, None if y is None else g * y, None if X is None else v * X, g)]
-        return (v * c).unflatten(0, grad.shape[:-1]), *sums, None, None, None
+                (u * z, None if y is None else g * y, None if x is None else v * x, g)]
+        return v * c, *sums, None, None, None
 
 
 class ScoredLinear(nn.Module):
@@ -204,7 +203,8 @@ class ScoredLinear(nn.Module):
     def forward(self, x):
         if self.teacher:
             return self.layer(x)
-        return ScoredProduct.apply(x, self.S, self.a, self.c, self.bias(), self.kept, self.U, self.V)
+        learned, fixed = (self.S, self.a, self.c, self.bias()), (self.kept, self.U, self.V)
+        return ScoredProduct.apply(x.flatten(0, -2), *learned, *fixed).unflatten(0, x.shape[:-1])
 
     def bias(self):
         d = self.d * self.offset_scale

@@ -272,7 +272,8 @@ def scored(kind, m, n, basis="plain", device="cpu"):
 @pytest.mark.parametrize("basis", BASES)
 def test_what_is_learned_gets_its_gradient_and_masked_scores_that_of_coming_back(basis, kind, device):
     layer, student, x = scored(kind, 5, 11, basis, device)
-    torch.testing.assert_close(student(x), layer(x), rtol=1e-9, atol=1e-9)      # scores of one, full rank
+    for inputs in (x, x[None], x[:0], x[None, :0]):                   # scores of one, full rank
+        torch.testing.assert_close(student(inputs), layer(inputs), rtol=1e-9, atol=1e-9)
     student.kept[1:] = 0                            # rank 1 takes 16 of 55 parameters, rank 2 more than half
     half = soco.truncated(layer, *factor(matrix(layer), *metric_of(basis, 5, 11, device)[2:]), 0.5)
     torch.testing.assert_close(half(x), student(x), rtol=1e-6, atol=1e-6)
@@ -1369,8 +1370,9 @@ def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(scri
         assert found == pytest.approx(report["ppl"]["compressed"], rel=1e-4)
     words = ["--ratio", "0.3", "0.5", "--eval", report["eval"]["data"], "--out", "two"]
     for flag in {*FLAGS[script].split()} - {"ratio", "eval", "out"}:
-        if report[flag] not in (None, False):
-            words += ["--" + flag.replace("_", "-"), *([] if report[flag] is True else [str(report[flag])])]
+        values = report[flag] if isinstance(report[flag], list) else [report[flag]]
+        if values[0] not in (None, False):
+            words += ["--" + flag.replace("_", "-"), *([] if values[0] is True else map(str, values))]
     assert command(script, words)[0] == 0
     again = metrics(tmp_path / "two" / "0.5")
     assert (again["ppl"], again["layers"]) == (report["ppl"], report["layers"])
