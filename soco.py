@@ -6,9 +6,9 @@
 The method, on one screen. Every block weight W [m, n] becomes W' = diag(a) U diag(S * sigma) V diag(c) and an
 offset d of the outputs, where U diag(sigma) V is its singular value decomposition in a metric (`factor`). The
 *scores* S (in rpca.py S is the sparse part) and the *gains* a, c of outputs and inputs start at 1, the
-*deviation* d at 0. Only these are trained, to keep KL(dense || compressed) small; the gains fold into the
-factors for nothing, and win where S and d have won what they can. What is kept is chosen again and again by
-what the *learned* scores say a component is worth,
+*deviation* d at 0. Only these are trained, to keep KL(dense || compressed) small; the gains are not the
+paper's, cost nothing, as they fold into the factors, and help where S and d have done what they can. What is
+kept is chosen again and again by what the *learned* scores say a component is worth,
 
     F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, in one currency,
 
@@ -535,7 +535,7 @@ def set_prices(model, scored, batches, progress=False):
 # ---- compressing a model ------------------------------------------------------------------------
 
 BASES = ("plain", "whitened", "two-sided")
-LEARNED = ("S", "a", "c", "d")       # of a ScoredLinear
+LEARNED = ("S", "a", "c", "d")       # of a ScoredLinear: scores, gains of outputs and inputs, deviation
 LR = 0.01        # times the ratio: the random part of Adam's steps costs about lr^2 sum(price)
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
 POOL = 1.3       # what a budget this much larger would not keep is dropped for good in stages 1 and 2
@@ -572,7 +572,7 @@ def check(layers, batches, ratio, steps, basis, stages, group, learned):
         raise CannotCompress(f"steps {steps}, group {group}, basis {basis!r} or stages {stages} cannot be: "
                              f"give steps >= 0, group >= 1, a basis of {', '.join(BASES)}, three parts >= 0")
     if not learned or not set(learned) <= set(LEARNED):
-        raise CannotCompress(f"learned {learned!r} is not of {', '.join(LEARNED)}")
+        raise CannotCompress(f"learned {learned!r} cannot be: give one or more of {', '.join(LEARNED)}")
     if not 0 < ratio < 1:
         raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
     least = sum(min(group * sum(layer.weight.shape), layer.weight.numel()) for layer in layers.values())
@@ -1225,6 +1225,16 @@ With {script}.py at hand, `import {script}` first and leave the flag out: no cod
 """
 
 
+def score_unlearned(report, basis, layers, scored, spectrum, ratio):
+    """Score what a decomposition gives without learning: the same share of every matrix, a global choice."""
+    new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
+           for layer, student in scored.items()}
+    name = "KFAC-SVD" if basis == "two-sided" else f"{basis} SVD"
+    report.score("svd_kfac", f"{name}, same share", ratio, new)
+    spectrum.keep_best(budget_for(layers, ratio))
+    report.score("svd_global", f"{basis} SVD, global choice", ratio, finished(scored))
+
+
 def main():
     from eval_ppl import Parser, between, whole
     parser = Parser(__doc__)
@@ -1269,18 +1279,13 @@ def main():
             report.score(kinds[basis], f"{basis} SVD, same share", ratio, new)
         baselines.clear()
         for ratio in () if args.no_baselines else args.ratio:
-            new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
-                   for layer, student in scored.items()}
-            name = "KFAC-SVD" if args.basis == "two-sided" else f"{args.basis} SVD"
-            report.score("svd_kfac", f"{name}, same share", ratio, new)
-            spectrum.keep_best(budget_for(layers, ratio))
-            report.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
+            score_unlearned(report, args.basis, layers, scored, spectrum, ratio)
 
-        learned = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr,
-                             args.learn, progress=True)
+        run = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr,
+                         args.learn, progress=True)
         for ratio in args.ratio:
             with report.clock("learn"):
-                steps, new = next(learned)
+                steps, new = next(run)
             install(model, "soco", layers, new)
             report.score("compressed", f"SoCo, {steps} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)

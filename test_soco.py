@@ -314,6 +314,25 @@ def test_what_is_stored_answers_like_what_learned(kind, kept, m, n, device):
     assert new.weight.dtype == layer.weight.dtype and not any(p.requires_grad for p in new.parameters())
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_the_gradients_of_a_half_precision_layer_are_those_of_its_float64_copy(dtype, tolerance, device):
+    layer, target = make_layer("linear", 24, 40, device).to(dtype), random(64, 24, seed=8, device=device)
+    student = ScoredLinear(layer, *factor(matrix(layer)))
+    for name in LEARNED:
+        learned = student.get_parameter(name)
+        learned.data += 0.1 * random(len(learned), seed=9, device=device).float()
+    student.kept[::2] = 0
+    x, exact = random(64, 40, seed=7, device=device).to(dtype), copy.deepcopy(student).double()
+    x, wide = x.requires_grad_(), x.detach().double().requires_grad_()
+    (student(x) * target.to(dtype)).sum().backward()
+    (exact(wide) * target).sum().backward()
+    assert_near(x.grad.double(), wide.grad, tolerance)
+    for name in LEARNED:
+        ours, theirs = (one.get_parameter(name) for one in (student, exact))
+        assert ours.grad.dtype == torch.float32
+        assert_near(ours.grad.double(), theirs.grad, tolerance)
+
+
 def test_gains_fold_into_the_factors_bit_for_bit():
     U, sigma, V = factor(matrix(layer := make_layer("linear without bias", 7, 5)))
     student, x = ScoredLinear(layer, U[:, :2], sigma[:2], V[:2]), random(4, 5, seed=7)
@@ -532,7 +551,7 @@ def test_one_run_meets_every_budget_as_well_as_single_runs_and_leaves_the_model_
     layers, before, dense = block_layers(model), copy.deepcopy(model.state_dict()), logits(model, ids)
     shapes = [layer.weight.shape for layer in layers.values()]
 
-    def learned(students, spectrum, budget, steps, start=None):
+    def after(students, spectrum, budget, steps, start=None):
         soco.learn(model, students, spectrum, [ids], budget, steps, learned="S", start=start)
         stored = sum(p.numel() for new in soco.finished(students).values() for p in new.parameters())
         assert_within(stored, budget, shapes, spectrum.kept.sum(1).tolist(), 2)
@@ -542,7 +561,7 @@ def test_one_run_meets_every_budget_as_well_as_single_runs_and_leaves_the_model_
     found = [torch.manual_seed(0) and spectrum_of(model, ids, group=2) for _ in range(4)]     # four the same
     for run, ratio in enumerate((0.2, 0.4, 0.6)):                     # six steps a ratio
         budget = int((1 - ratio) * 2 * found[3][2])
-        one, alone = learned(*found[3][:2], budget, 6, start), learned(*found[run][:2], budget, 6 * run + 6)
+        one, alone = after(*found[3][:2], budget, 6, start), after(*found[run][:2], budget, 6 * run + 6)
         assert one == alone if start is None else one < 1.15 * alone
         start = budget
     assert block_layers(model) == layers and all(p.requires_grad for p in model.parameters())
@@ -585,12 +604,13 @@ def test_learning_lowers_the_divergence_also_on_other_text():
     dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
     batches = encode(tokenizer, "\n\n".join(topics.values())[:30_000])[:640].view(5, 2, 64)
     targets, found = [logits(dense, ids) for ids in batches], []
-    for steps, learned in ((0, "S"), (20, "S"), (20, LEARNED)):
+    for steps, learned in ((0, "S"), (20, "S"), (20, "Sd"), (20, LEARNED)):
         torch.manual_seed(0)
         model = compress(copy.deepcopy(dense), batches[:4], 0.5, steps, learned=learned)
         found.append([divergence(targets[part], model, batches[part]) for part in (slice(4), slice(4, 5))])
     seen, other = zip(*found)
-    assert 1.05 * seen[2] < seen[1] < 0.7 * seen[0] and max(other[1:]) < 0.95 * other[0]
+    assert 1.1 * seen[3] < seen[2] and 1.05 * seen[2] < seen[1] < 0.7 * seen[0]
+    assert 1.02 * other[3] < other[2] and max(other[1:]) < 0.95 * other[0]
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -632,13 +652,17 @@ def test_what_cannot_be_met_is_refused_before_a_layer_is_replaced(what):
     assert list(model.modules()) == modules
 
 
-@pytest.mark.parametrize("ratio", [0.2, 0.5])
-def test_the_learning_rate_goes_with_the_share_that_is_removed(ratio):
+@pytest.mark.parametrize("ratio, learned", [(0.2, LEARNED), (0.5, LEARNED), (0.5, "S"), (0.5, "dcd")])
+def test_the_learning_rate_goes_with_the_share_that_is_removed_and_the_rest_stays(ratio, learned):
     layers, batches = block_layers(model := tiny_gpt2()), [tokens(2, 16)]
     spectrum = soco.Spectrum(list((scored := soco.scored_layers(model, layers, batches)).values()), 1)
     budget = soco.budget_for(layers, ratio)
-    soco.learn(model, scored, spectrum, batches, budget, 1, lr=0.1)   # Adam's first step is the rate, warming
-    assert (spectrum.S.detach() - 1).abs().max().item() == pytest.approx(0.2 * 0.1 * ratio, rel=1e-2)
+    soco.learn(model, scored, spectrum, batches, budget, 1, 0.1, learned)     # Adam's first step is the rate,
+    for name in LEARNED:                                                      # warming up
+        tensor, start = getattr(spectrum, name), 0 if name == "d" else 1
+        step = (0.1 if name == "d" else 0.2) * 0.1 * ratio if name in learned else 0
+        assert (tensor.detach() - start).abs().max().item() == pytest.approx(step, rel=1e-2)
+        assert tensor.grad.any() == (name in learned)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step():
