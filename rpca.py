@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 # load and save stand here for whoever imports this module
 from soco import (KINDS, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
-                  block_layers, check_run, dense_like, free_memory, frozen, input_device, install,
+                  block_layers, check_inputs, check_run, dense_like, free_memory, frozen, input_device, install,
                   keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches, save, swap,
                   swapped)
 
@@ -321,8 +321,8 @@ class Draft(nn.Module):
         """Set `level` to the root of what each row's own cut would be, if every row lost `ratio`.
 
         One threshold for all worths is then midway, as geometric means go, between one for the whole model
-        and one a row. Predictions of second order compare entries of a row better than rows: where gradients
-        have heavy tails, the first alone strips some matrices of all they need.
+        and one a row. What pruning one matrix costs is predicted well, but such losses do not add up when all
+        are pruned: the first alone strips some matrices of all they need.
         """
         worth = self.scaled(matrix(self.layer)).square()
         cut = worth.kthvalue(max(int(ratio * self.n), 1), dim=1, keepdim=True).values
@@ -374,7 +374,7 @@ def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_S
     CannotCompress before any work for settings that cannot be met.
     """
     layers, batches = block_layers(model), list(batches)
-    check(layers, batches, ratio, estimator, rank_share, rounds)
+    check(batches, ratio, estimator, rank_share, rounds)
     drafts = drafted(model, layers, batches, scale, progress)
     if estimator == "policy":
         choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress)
@@ -384,14 +384,9 @@ def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_S
     return install(model, "cap", layers, {draft.layer: draft.finish() for draft in drafts})
 
 
-def check(layers, batches, ratio, estimator, rank_share, rounds):
+def check(batches, ratio, estimator, rank_share, rounds):
     """Refuse what `compress` cannot do."""
-    if torch.is_inference_mode_enabled():
-        raise CannotCompress("there are no gradients under torch.inference_mode(): leave it, or use no_grad")
-    if not batches:
-        raise CannotCompress("there are no batches: give token ids [batch, length] to measure on")
-    if not 0 < ratio < 1:
-        raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
+    check_inputs(batches, ratio)
     if estimator not in ESTIMATORS or not 0 <= rank_share < 1 or rounds < (estimator == "metric"):
         raise CannotCompress(f"estimator {estimator!r}, rank_share {rank_share}, rounds {rounds}: cannot be; "
                              f"give {' or '.join(ESTIMATORS)}, a share from 0 to below 1, at least one round")
@@ -567,7 +562,7 @@ def main():
         model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
         layers, batches = block_layers(model), sample_batches(calibration, args, args.metric_batches)
         for ratio in args.ratio:
-            check(layers, batches, ratio, args.estimator, args.rank_share, args.rounds)
+            check(batches, ratio, args.estimator, args.rank_share, args.rounds)
         report = Report("cap", args, model, layers, evaluation)
         report.score("dense", "dense")
 

@@ -562,19 +562,24 @@ def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR,
     return install(model, "soco", layers, finished(scored))
 
 
-def check(layers, batches, ratio, steps, basis, stages, group, learned):
-    """Refuse what `compress` cannot do."""
+def check_inputs(batches, ratio):
+    """Refuse what no method can learn from, or meet."""
     if torch.is_inference_mode_enabled():
-        raise CannotCompress("nothing can be learned under torch.inference_mode(): leave it, or use no_grad")
+        raise CannotCompress("there are no gradients under torch.inference_mode(): leave it, or use no_grad")
     if not batches:
         raise CannotCompress("there are no batches: give token ids [batch, length] to learn from")
+    if not 0 < ratio < 1:
+        raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
+
+
+def check(layers, batches, ratio, steps, basis, stages, group, learned):
+    """Refuse what `compress` cannot do."""
+    check_inputs(batches, ratio)
     if (steps or 0) < 0 or group < 1 or basis not in BASES or len(stages) != 3 or min(stages) < 0:
         raise CannotCompress(f"steps {steps}, group {group}, basis {basis!r} or stages {stages} cannot be: "
                              f"give steps >= 0, group >= 1, a basis of {', '.join(BASES)}, three parts >= 0")
     if not learned or not set(learned) <= set(LEARNED):
         raise CannotCompress(f"learned {learned!r} cannot be: give one or more of {', '.join(LEARNED)}")
-    if not 0 < ratio < 1:
-        raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
     least = sum(min(group * sum(layer.weight.shape), layer.weight.numel()) for layer in layers.values())
     budget = budget_for(layers, ratio, steps, learned)
     if budget < least:
