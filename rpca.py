@@ -37,9 +37,9 @@ import torch.nn.functional as F
 
 # load and save stand here for whoever imports this module
 from soco import (KINDS, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
-                  block_layers, check_inputs, check_run, dense_like, free_memory, frozen, input_device, install,
-                  keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches, save, swap,
-                  swapped)
+                  block_layers, check_inputs, check_run, dense_like, free_memory, frozen, input_device,
+                  install, keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches,
+                  save, swap, swapped)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -302,8 +302,8 @@ class Draft(nn.Module):
     dropped, in the units of W.
 
     rows [m], columns [n]: the roots of R (soco.Metric, by row) and of G's diagonal. In their scale the square
-    of an entry is the predicted loss of dropping it: entries of one row are compared by their inputs alone,
-    as in Wanda, rows by Fisher information. G [n, n]: E[x x^T], on the layer's device or in main memory.
+    of an entry is the predicted loss of dropping it: entries of one row are compared by |W| D, as in Wanda,
+    rows by Fisher information. G [n, n]: E[x x^T], on the layer's device or in main memory.
     level [m, 1]: what the worths of a row are divided by.
     """
 

@@ -333,7 +333,8 @@ def swapped(model, new_of):
 def frozen(model, checkpointing=False):
     """Inside the with block a model runs without dropout, and only what is switched on there gets gradients.
 
-    checkpointing: whether blocks on which gradient checkpointing was enabled use it there.
+    checkpointing: whether blocks on which gradient checkpointing was enabled use it there; a block that calls
+    dropout itself, as OPT's does, then has it.
     """
     flags, modes = {p: p.requires_grad for p in model.parameters()}, {m: m.training for m in model.modules()}
     for module in modes:                             # transformers checkpoints only blocks in training mode
@@ -351,7 +352,7 @@ def frozen(model, checkpointing=False):
 def enable_checkpointing(model):
     """Switch gradient checkpointing on, for `frozen(model, checkpointing=True)`."""
     try:                                             # transformers' newer name, and its older one
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     except ValueError as error:
         raise CannotCompress(f"{type(model).__name__} has no gradient checkpointing: leave it out") from error
 
@@ -510,7 +511,9 @@ def free_memory(device):
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2 ** 34
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:                     # macOS does not tell
+        return 2 ** 34
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def set_prices(model, scored, batches, progress=False):
@@ -1232,10 +1235,10 @@ With {script}.py at hand, `import {script}` first and leave the flag out: no cod
 
 def score_unlearned(report, basis, layers, scored, spectrum, ratio):
     """Score what a decomposition gives without learning: the same share of every matrix, a global choice."""
-    new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
-           for layer, student in scored.items()}
-    name = "KFAC-SVD" if basis == "two-sided" else f"{basis} SVD"
-    report.score("svd_kfac", f"{name}, same share", ratio, new)
+    if basis == "two-sided":                                          # of the others it is there already
+        new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
+               for layer, student in scored.items()}
+        report.score("svd_kfac", "KFAC-SVD, same share", ratio, new)
     spectrum.keep_best(budget_for(layers, ratio))
     report.score("svd_global", f"{basis} SVD, global choice", ratio, finished(scored))
 
