@@ -568,6 +568,17 @@ def test_one_run_meets_every_budget_as_well_as_single_runs_and_leaves_the_model_
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("basis", soco.BASES)
+def test_what_is_scored_without_learning_repeats_no_baseline(basis):
+    model, keys = tiny_gpt2(), []
+    layers = block_layers(model)
+    students = soco.scored_layers(model, layers, [tokens(2, 16)], basis)
+    report = SimpleNamespace(score=lambda key, label, ratio, new: keys.append((key, len(new))))
+    soco.score_unlearned(report, basis, layers, students, Spectrum(list(students.values()), 1), 0.3)
+    wanted = ["svd_kfac", "svd_global"] if basis == "two-sided" else ["svd_global"]
+    assert keys == [(key, len(layers)) for key in wanted]
+
+
 def test_steps_follow_the_ratio_and_each_ratio_of_a_run_gets_its_share(monkeypatch):
     calls = []
     monkeypatch.setattr(soco, "learn", lambda *args, **options: calls.append((len(args[3]), args[5])))
