@@ -16,9 +16,10 @@ budget for the whole model,
 The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default
 drives the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, R_i S_ij^2 D_j^2, where
 D_j^2 = E[x_j^2] of the inputs and R_i makes a row of W sum to its Fisher information, E[g_i^2 sum_j W_ij^2
-x_j^2]. Predictions are tempered (`Draft.temper`), entries go in rounds, and L gets a share of what a matrix
-may keep where that lowers its loss. *Then* the kept values are refitted, and each layer is stored as U
-sqrt(sigma), sqrt(sigma) V, a bitmask and the values of S (the sparse part; in soco.py S is the score).
+x_j^2]. Predictions are tempered (`Draft.temper`), entries go in rounds, and L, fitted from robust PCA's row
+space (`alternate`), gets a share of what a matrix may keep where that lowers its loss. *Then* the kept values
+are refitted, and each layer is stored as two factors of L of equal norms (U sqrt(sigma), sqrt(sigma) V), a
+bitmask and the values of S (the sparse part; in soco.py S is the score).
 """
 import signal
 import sys

@@ -966,8 +966,8 @@ def save(model, folder):
 def load(folder, **options):
     """The compressed model in a folder; options as for from_pretrained: dtype, device_map, ...
 
-    Only safetensors is read. Raises ValueError where the folder is not what was saved, SafetensorError where
-    a file of it is torn.
+    Only safetensors is read. Raises ValueError where config.json or a tensor's name or shape is not as saved,
+    SafetensorError where a file is torn.
     """
     stored = json.loads(Path(folder, "config.json").read_text())
     if not isinstance(stored, dict) or stored.get("model_type") != CompressedConfig.model_type:
