@@ -18,8 +18,9 @@ drives the p of entries to 0 or 1 by the loss that dropping them is predicted to
 D_j^2 = E[x_j^2] of the inputs and R_i makes a row of W sum to its Fisher information, E[g_i^2 sum_j W_ij^2
 x_j^2]. Predictions are tempered (`Draft.temper`), entries go in rounds, and L, fitted from robust PCA's row
 space (`alternate`), gets a share of what a matrix may keep where that lowers its loss. *Then* the kept values
-are refitted, and each layer is stored as two factors of L of equal norms (U sqrt(sigma), sqrt(sigma) V), a
-bitmask and the values of S (the sparse part; in soco.py S is the score).
+are refitted to the dense layer's outputs, and gains of every matrix, y = a * (L + S)(c * x), are learned as
+in soco.py and folded in: they cost nothing. Each layer is stored as two factors of L of equal norms
+(U sqrt(sigma), sqrt(sigma) V), a bitmask and the values of S (the sparse part; in soco.py S is the score).
 """
 import signal
 import sys
@@ -37,10 +38,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # load and save stand here for whoever imports this module
-from soco import (KINDS, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
-                  block_layers, check_inputs, check_run, dense_like, free_memory, frozen, input_device,
-                  install, keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches,
-                  save, swap, swapped)
+from soco import (KINDS, LR, PACKERS, CannotCompress, Report, adam, add_run_flags, as_the_first, average, bar,
+                  block_layers, check_inputs, check_run, dense_like, distil, free_memory, frozen,
+                  input_device, install, keep_source, load, matrix, measured, out_folders, read_inputs,
+                  sample_batches, save, swap, swapped)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -294,6 +295,7 @@ def low_rank_plus_sparse(U, V, S, bias, like):
 ESTIMATORS = ("metric", "policy")
 RANK_SHARE = 0.02         # of the parameters that a matrix may keep, for L; more is worse on SmolLM2
 ROUNDS = 8                # of pruning and refitting; of the policy, over the batches, too
+STEPS = 160               # of learning the gains, times the ratio
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split at once
 
@@ -305,7 +307,8 @@ class Draft(nn.Module):
     rows [m], columns [n]: the roots of R (soco.Metric, by row) and of G's diagonal. In their scale the square
     of an entry is the predicted loss of dropping it: entries of one row are compared by |W| D, as in Wanda,
     rows by Fisher information. G [n, n]: E[x x^T], on the layer's device or in main memory.
-    level [m, 1]: what the worths of a row are divided by.
+    level [m, 1]: what the worths of a row are divided by. a [m], c [n]: gains of outputs and inputs, folded
+    in at the end. With `teacher` set, the dense layer answers.
     """
 
     def __init__(self, layer, G, R, scale=True):
@@ -317,6 +320,8 @@ class Draft(nn.Module):
         self.m, self.n = self.S.shape
         self.U, self.V = self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n)
         self.level = self.rows.new_ones(self.m, 1)
+        self.a, self.c = (nn.Parameter(torch.ones_like(A), requires_grad=False) for A in moments)
+        self.teacher = False
 
     def temper(self, ratio):
         """Set `level` to the root of what each row's own cut would be, if every row lost `ratio`.
@@ -356,41 +361,51 @@ class Draft(nn.Module):
         return ((E @ G) * E).sum()
 
     def forward(self, x):
-        return F.linear(x, (self.U @ self.V + self.S).to(x), self.layer.bias)
+        """y = a * (L + S)(c * x) + b."""
+        if self.teacher:
+            return self.layer(x)
+        a, c, U, V = (part.to(x) for part in (self.a, self.c, self.U, self.V))
+        x = c * x
+        y = a * (F.linear(x, self.S) + F.linear(F.linear(x, V), U))
+        return y if self.layer.bias is None else y + self.layer.bias
 
     def finish(self):
+        a, c = self.a[:, None], self.c
         half = (self.U.norm(dim=0) / self.V.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-15)
-        U, V = self.U / half, half[:, None] * self.V
-        return low_rank_plus_sparse(U, V, self.S, self.layer.bias, like=self.layer.weight)
+        U, V = a * self.U / half, half[:, None] * self.V * c
+        return low_rank_plus_sparse(U, V, a * self.S * c, self.layer.bias, like=self.layer.weight)
 
 
-def compress(model, batches, ratio=0.5, *, estimator="metric", rank_share=RANK_SHARE, rounds=ROUNDS,
-             scale=True, refitted=True, keep=None, seed=0, progress=False):
+def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_share=RANK_SHARE,
+             rounds=ROUNDS, scale=True, refitted=True, keep=None, lr=LR, seed=0, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
-    batches: token ids [batch, length], an iterable. estimator: "metric" or "policy" (the paper's).
+    batches: token ids [batch, length], an iterable. steps: of learning the gains, by default STEPS * ratio;
+    lr: their rate, times the ratio. estimator: of the masks, "metric" or "policy" (the paper's).
     rank_share: of the parameters that each matrix may keep, for its L ("metric"). rounds: of pruning and
     refitting, or of the policy over the batches (the paper: 3). scale: whether the metric decides. refitted:
     whether kept values are refitted. keep: what prunes ("metric"), default keep_worthiest. Raises
     CannotCompress before any work for settings that cannot be met.
     """
     layers, batches = block_layers(model), list(batches)
-    check(batches, ratio, estimator, rank_share, rounds)
+    check(batches, ratio, steps, estimator, rank_share, rounds)
     drafts = drafted(model, layers, batches, scale, progress)
-    if estimator == "policy":
-        choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress)
-    else:
+    if estimator == "metric":
         set_ranks(drafts, ratio, rank_share, progress)
-        choose_by_metric(drafts, ratio, rounds, keep or keep_worthiest, refitted, progress)
-    return install(model, "cap", layers, {draft.layer: draft.finish() for draft in drafts})
+    steps = round(STEPS * ratio) if steps is None else steps
+    run = choose_down(model, drafts, batches, [ratio], steps, estimator, rounds, refitted, keep, lr, seed,
+                      progress)
+    return install(model, "cap", layers, next(run))
 
 
-def check(batches, ratio, estimator, rank_share, rounds):
+def check(batches, ratio, steps, estimator, rank_share, rounds):
     """Refuse what `compress` cannot do."""
     check_inputs(batches, ratio)
-    if estimator not in ESTIMATORS or not 0 <= rank_share < 1 or rounds < (estimator == "metric"):
-        raise CannotCompress(f"estimator {estimator!r}, rank_share {rank_share}, rounds {rounds}: cannot be; "
-                             f"give {' or '.join(ESTIMATORS)}, a share from 0 to below 1, at least one round")
+    least = estimator == "metric"
+    if (steps or 0) < 0 or estimator not in ESTIMATORS or not 0 <= rank_share < 1 or rounds < least:
+        raise CannotCompress(f"steps {steps}, estimator {estimator!r}, rank_share {rank_share} or rounds "
+                             f"{rounds} cannot be: give steps >= 0, {' or '.join(ESTIMATORS)}, a share from "
+                             f"0 to below 1, at least one round")
 
 
 def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *measured: None):
@@ -426,6 +441,21 @@ def set_ranks(drafts, ratio, rank_share, progress):
                 L = min(L, (draft.U, draft.V), key=lambda factors: draft.loss_with(*factors, budget, G))
                 draft.set_low_rank(*L)
                 draft.S = draft.target().to(draft.S)
+
+
+def choose_down(model, drafts, batches, ratios, steps, estimator="metric", rounds=ROUNDS, refitted=True,
+                keep=None, lr=LR, seed=0, progress=False):
+    """Stage 2 at each of rising `ratios`, each going on where the one before has ended, and then learning:
+    `steps` to the last and its share of them to each before; yields {dense layer: layer to store}."""
+    done = 0
+    for ratio in ratios:
+        if estimator == "policy":
+            choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress)
+        else:
+            choose_by_metric(drafts, ratio, rounds, keep or keep_worthiest, refitted, progress)
+        done, before = round(steps * ratio / ratios[-1]), done
+        learn_gains(model, drafts, batches, ratio, done - before, lr, progress)
+        yield {draft.layer: draft.finish() for draft in drafts}
 
 
 def threshold(worths, count):
@@ -526,6 +556,25 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
         refit_all(drafts)
 
 
+def learn_gains(model, drafts, batches, ratio, steps, lr=LR, progress=False):
+    """Train the gains a, c of every draft, from where they are, to keep KL(dense || compressed) small; Adam's
+    rate is lr * ratio. What is kept stays, and so does its cost."""
+    gains = [gain for draft in drafts for gain in (draft.a, draft.c)]
+    for gain in gains:
+        gain.grad = torch.zeros_like(gain)
+    optimizer, schedule = adam([{"params": gains, "lr": lr * ratio}], steps, falling=0.6)
+    students = {draft.layer: draft for draft in drafts}
+    with swapped(model, students), frozen(model, checkpointing=True), torch.enable_grad():
+        for gain in gains:
+            gain.requires_grad_(True)
+        for step in (steps_bar := bar(range(steps), progress, desc="learn the gains", unit="step")):
+            ids = batches[step % len(batches)].to(input_device(model))
+            loss = distil(model, drafts, gains, optimizer, ids, f"{step + 1} of {steps}")
+            schedule.step()
+            if progress:
+                steps_bar.set_postfix(loss=loss.item())
+
+
 # ---- the baselines, and the command ----------------------------------------------------------------
 
 def magnitude(W, G, ratio):
@@ -545,7 +594,7 @@ def wanda(W, G, ratio):
 def main():
     from eval_ppl import Parser, UserError, between, whole
     parser = Parser(__doc__)
-    add_run_flags(parser)
+    add_run_flags(parser, STEPS)
     add = parser.add_argument
     add("--estimator", choices=ESTIMATORS, default="metric", help="of the mask; policy is the paper's")
     add("--rank-share", type=between(0, 1, or_low=True), default=RANK_SHARE,
@@ -557,13 +606,13 @@ def main():
     if args.estimator == "policy" and len(args.ratio) > 1:
         raise UserError(f"--ratio {args.ratio}: the policy learns for one; give one, or --estimator metric")
     device, dtype = check_run(args)
-    refitted = not args.no_refit
+    args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "cap", stack)
         model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
         layers, batches = block_layers(model), sample_batches(calibration, args, args.metric_batches)
         for ratio in args.ratio:
-            check(batches, ratio, args.estimator, args.rank_share, args.rounds)
+            check(batches, ratio, args.steps, args.estimator, args.rank_share, args.rounds)
         report = Report("cap", args, model, layers, evaluation)
         report.score("dense", "dense")
 
@@ -582,13 +631,12 @@ def main():
         if args.estimator == "metric":
             with report.clock("stage 1"):
                 set_ranks(drafts, args.ratio[-1], args.rank_share, progress=True)
-        for ratio in args.ratio:  # each goes on where the one before has ended
-            with report.clock("stage 2"):
-                if args.estimator == "policy":
-                    choose_by_policy(model, drafts, batches, ratio, args.rounds, args.seed, refitted, True)
-                else:
-                    choose_by_metric(drafts, ratio, args.rounds, keep_worthiest, refitted, progress=True)
-            install(model, "cap", layers, new := {draft.layer: draft.finish() for draft in drafts})
+        run = choose_down(model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
+                          not args.no_refit, lr=args.lr, seed=args.seed, progress=True)
+        for ratio in args.ratio:
+            with report.clock("stage 2 and gains"):
+                new = next(run)
+            install(model, "cap", layers, new)
             report.score("compressed", f"CAP, {args.estimator}", ratio)
             report.write(places.get(ratio), ratio, tokenizer)
             swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio

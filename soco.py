@@ -706,9 +706,7 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, learned=LEARNE
     parameters, tensors = int((spectrum.m * spectrum.n).sum()), [getattr(spectrum, name) for name in learned]
     rate = lr * (1 - budget / parameters)
     rates = [{"params": [tensor], "lr": rate / 2 if tensor is spectrum.d else rate} for tensor in tensors]
-    optimizer = torch.optim.Adam(rates, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(                     # the rates fall to zero over stage 3
-        optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / max(steps, 1)) / max(stages[2], 1e-9)))
+    optimizer, schedule = adam(rates, steps, stages[2])
     stage = None
     with swapped(model, scored), frozen(model, checkpointing=True), torch.enable_grad():
         for student in spectrum.layers:
@@ -723,15 +721,7 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, learned=LEARNE
             if stage != before or stage != "polarise":
                 spectrum.keep_best(target)
             ids = batches[step % len(batches)].to(input_device(model))
-            logits = teacher(model, spectrum.layers, ids)
-            loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
-            optimizer.zero_grad(set_to_none=False)
-            (loss * ids.numel()).backward()  # Adam does not see the factor; float16 needs it
-            average(loss := loss.detach(), *(tensor.grad for tensor in tensors))
-            if not torch.stack([loss, *(tensor.grad.sum().to(loss) for tensor in tensors)]).isfinite().all():
-                raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step "
-                                         f"{step + 1} of {steps}: lower the learning rate, --lr, now {lr}")
-            optimizer.step()
+            loss = distil(model, spectrum.layers, tensors, optimizer, ids, f"{step + 1} of {steps}")
             schedule.step()
             if progress:
                 steps_bar.set_postfix(stage=stage, kept=target / parameters, loss=loss.item())
@@ -749,6 +739,30 @@ def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, lear
               progress=progress)
         yield until, finished(scored)
         done, start = until, budget
+
+
+def adam(groups, steps, falling):
+    """Adam for `groups` of parameters with rates, and what its rates follow: a short rise, and a fall to zero
+    over the part `falling` of the steps."""
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / max(steps, 1)) / max(falling, 1e-9)))
+
+
+def distil(model, students, tensors, optimizer, ids, step):
+    """One step of training `tensors` of the `students` that stand in the model for its dense layers: returns
+    KL(dense || compressed), detached, on token ids [batch, length]. Raises FloatingPointError naming `step`.
+    """
+    logits = teacher(model, students, ids)
+    loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
+    optimizer.zero_grad(set_to_none=False)
+    (loss * ids.numel()).backward()                  # Adam does not see the factor; float16 needs it
+    average(loss := loss.detach(), *(tensor.grad for tensor in tensors))
+    if not torch.stack([loss, *(tensor.grad.sum().to(loss) for tensor in tensors)]).isfinite().all():
+        raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step {step}: lower"
+                                 f" the learning rate, --lr")
+    optimizer.step()
+    return loss
 
 
 @torch.no_grad()
@@ -991,7 +1005,7 @@ def quiet():
 
 # ---- the command: what a run of soco.py or rpca.py does around its method ---------------------------
 
-def add_run_flags(parser):
+def add_run_flags(parser, steps=STEPS):
     from eval_ppl import add_model_flags, between, whole
     add_model_flags(parser)
     add, size = parser.add_argument, whole(1, 2 ** 20)
@@ -1004,6 +1018,10 @@ def add_run_flags(parser):
     add("--seqlen", type=whole(8, 2 ** 20), default=256, help="tokens a calibration block")
     add("--batch-size", type=whole(1, 2 ** 16), default=4, help="blocks a batch")
     add("--metric-batches", type=whole(1, 10 ** 5), default=METRIC_BATCHES, help="batches the metric sees")
+    add("--steps", type=whole(0, 10 ** 6), help="of learning, down to the last ratio; each before it has its"
+        f" share of them (default: {steps} * the last ratio)")
+    add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate, times the ratio")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--eval-seqlen", type=whole(2, 2 ** 20), help="tokens a window of the perplexities (default: what"
                                                       " the model reads, at most 2048)")
     add("--eval-stride", type=size, help="tokens from one window to the next (default: --eval-seqlen)")
@@ -1043,6 +1061,8 @@ def read_inputs(args, device, dtype):
         raise UserError(f"--eval-stride {args.eval_stride} is longer than --eval-seqlen {args.eval_seqlen}: "
                         f"it would skip text")
     check_windows(model, {"--seqlen": args.seqlen, "--eval-seqlen": args.eval_seqlen})
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
     evaluation = load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
     calibration = load_tokens(model, tokenizer, args.calib, "train", args.seqlen)
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
@@ -1249,13 +1269,9 @@ def main():
     add_run_flags(parser)
     add = parser.add_argument
     add("--basis", choices=BASES, default="two-sided", help="of the decomposition; plain is the paper's")
-    add("--steps", type=whole(0, 10 ** 6), help="of learning, down to the last ratio; each before it has"
-        f" its share of them (default: {STEPS} * the last ratio)")
-    add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate, times the ratio")
     add("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
     add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: scores, gains of"
         " outputs and of inputs, offsets (the paper: scores and a deviation)")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     args = parser.parse_args()
     device, dtype = check_run(args)
     args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
@@ -1266,8 +1282,6 @@ def main():
         batches = sample_batches(calibration, args, max(args.steps, args.metric_batches))
         for ratio in args.ratio:
             check(layers, batches, ratio, args.steps, args.basis, STAGES, args.rank_multiple, args.learn)
-        if args.gradient_checkpointing:
-            enable_checkpointing(model)
         report = Report("soco", args, model, layers, evaluation)
         report.score("dense", "dense")
 

@@ -1335,9 +1335,9 @@ def test_half_the_parameters_take_at_most_six_tenths_of_the_bytes(method, tmp_pa
 
 # ---- the command line -----------------------------------------------------------------------------
 MODEL_FLAGS = "model revision trust_remote_code device device_map dtype eval "
-SHARED = MODEL_FLAGS + ("ratio calib same_text seqlen batch_size metric_batches eval_seqlen eval_stride "
-                        "eval_blocks no_baselines seed out ")
-FLAGS = {"soco.py": SHARED + "basis steps lr rank_multiple learn gradient_checkpointing",
+SHARED = MODEL_FLAGS + ("ratio calib same_text seqlen batch_size metric_batches steps lr eval_seqlen "
+                        "eval_stride eval_blocks gradient_checkpointing no_baselines seed out ")
+FLAGS = {"soco.py": SHARED + "basis rank_multiple learn",
          "rpca.py": SHARED + "estimator rank_share rounds no_scale no_refit",
          "eval_ppl.py": MODEL_FLAGS + "seqlen stride blocks"}
 KEYS = ("method command compressible_params kept_params dense_bytes file_bytes seconds peak_memory_bytes ppl "
@@ -1466,7 +1466,7 @@ BAD = {
 --eval {bad}/short|--calib {bad}/nowhere|--calib {bad}/binary|--calib {bad}/empty|--calib wikitext2
 --eval {house}/train|--model nobody/none|--model no/such/folder|--model {bad}/compressed|--model {bad}/empty
 WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
-    "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--steps 3|--estimator luck
+    "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--basis plain|--estimator luck
 --ratio 0.5 0.3|--out {bad}/newer|--calib {bad}/short|--metric-batches 200000000""",
     "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--blocks 0|--blocks=--|--eval {bad}/short
 --device tpu9|--eval {bad}/binary|--model no/such/folder|--model {bad}/newer|--model {bad}/strange"""}
@@ -1829,7 +1829,8 @@ def gpt2_with_planted_and_dead_layers():
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"rank_share": 0.3, "refitted": False}, {"scale": False, "rounds": 2}, {"estimator": "policy"}])
+    {}, {"rank_share": 0.3, "refitted": False, "steps": 0}, {"scale": False, "rounds": 2},
+    {"estimator": "policy"}])
 @pytest.mark.parametrize("make", [*MODELS, gpt2_with_planted_and_dead_layers])
 def test_compress_meets_the_budget_with_the_weights_that_it_says(make, settings):
     for ratio in (0.2, 0.5, 0.8):
@@ -1852,8 +1853,43 @@ def test_compress_meets_the_budget_with_the_weights_that_it_says(make, settings)
         assert torch.equal(logits(model, tokens(3, 20)), logits(again, tokens(3, 20)))
 
 
+@pytest.mark.parametrize("make", MODELS)
+def test_gains_fold_into_what_is_stored(make):
+    model, ids = make().double(), tokens(2, 16)
+    drafts, found = rpca.drafted(model, block_layers(model), [ids]), []
+    rpca.set_ranks(drafts, 0.5, 0.3, False)
+    rpca.choose_by_metric(drafts, 0.5, 2, rpca.keep_worthiest, True, False)
+    for draft in drafts:
+        draft.a, draft.c = (nn.Parameter(gain.double().uniform_(0.5, 1.5)) for gain in (draft.a, draft.c))
+    for new in (drafts, [draft.finish() for draft in drafts]):
+        with swapped(model, dict(zip(block_layers(model).values(), new))):
+            found.append(logits(model, ids))
+    assert_close(*found, rtol=1e-4, atol=1e-6)                        # Llama's norms are in float32
+    for draft, new in zip(drafts, new):
+        W = draft.a[:, None] * (draft.U @ draft.V + draft.S) * draft.c
+        low_rank = new.up.weight @ new.down.weight if new.up else 0
+        assert_close(new.S + low_rank, W, rtol=1e-5, atol=1e-6)
+        assert torch.equal(new.S != 0, draft.S != 0)
+
+
+def test_learning_the_gains_lowers_the_divergence_also_on_other_text_and_changes_nothing_that_is_kept():
+    from pydoc_data.topics import topics
+    dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
+    batches = encode(tokenizer, "\n\n".join(topics.values())[:30_000])[:640].view(5, 2, 64)
+    targets, found, masks = [logits(dense, ids) for ids in batches], [], []
+    for steps in (0, 20):
+        torch.manual_seed(0)
+        model = rpca.compress(copy.deepcopy(dense), batches[:4], 0.8, steps)
+        found.append([divergence(targets[part], model, batches[part]) for part in (slice(4), slice(4, 5))])
+        masks.append([(module.S != 0, module.spec) for module in model.modules() if hasattr(module, "S")])
+        assert all(p.requires_grad for p in model.parameters())
+    (seen, other), (seen_learned, other_learned) = found
+    assert seen_learned < 0.8 * seen and other_learned < 0.95 * other
+    assert all(torch.equal(a, b) and x == y for (a, x), (b, y) in zip(*masks))
+
+
 @pytest.mark.parametrize("name, value", [("ratio", 1.0), ("ratio", math.nan), ("estimator", "luck"),
-    ("rounds", 0), ("rank_share", 1.5), ("rank_share", -1), ("batches", [])])
+    ("steps", -1), ("rounds", 0), ("rank_share", 1.5), ("rank_share", -1), ("batches", [])])
 def test_settings_that_cannot_be_met_are_refused_before_the_work(name, value, monkeypatch):
     monkeypatch.setattr(rpca, "drafted", None)
     with pytest.raises(CannotCompress, match=f"{name} {value!r}" if value else name):

@@ -5,6 +5,7 @@
     python bench/ablate.py frontier --ratio 0.1 0.2 0.3 0.4 0.5 0.6 0.7
 
 Variants are runs of `compress` itself; the frontier's SoCo and CAP are one run each, down through the ratios.
+--steps and --lr are SoCo's; CAP has its defaults.
 Results go to bench/results/TABLE-MODEL-SEED.json after each; what is there already is not scored again, so
 that a run goes on where it was stopped, and ratios can be added later.
 """
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rpca
 import soco
 from bench.baselines import magnitude, oats, prune_all, sparsegpt, wanda
-from eval_ppl import Parser, UserError, between, perplexity, run, say, whole
+from eval_ppl import Parser, UserError, perplexity, run, say
 
 
 class Bench:
@@ -52,7 +53,8 @@ class Bench:
                 for layer, student in scored.items()}
 
     def fresh_drafts(self, model, layers, batches, scale=True, progress=True):
-        drafts = [copy.copy(draft) for draft in self.drafts()]
+        drafts = [copy.deepcopy(draft, {id(part): part for part in (draft.layer, draft.G)})
+                  for draft in self.drafts()]
         for draft in drafts if not scale else ():
             draft.rows, draft.columns = torch.ones_like(draft.rows), torch.ones_like(draft.columns)
         return drafts
@@ -79,9 +81,9 @@ class Bench:
     def run_of_cap(self):
         drafts = self.fresh_drafts(*self.inputs)
         rpca.set_ranks(drafts, self.args.ratio[-1], rpca.RANK_SHARE, progress=True)
-        for ratio in self.args.ratio:
-            rpca.choose_by_metric(drafts, ratio, rpca.ROUNDS, rpca.keep_worthiest, True, progress=True)
-            yield ratio, {draft.layer: draft.finish() for draft in drafts}
+        steps = round(rpca.STEPS * self.args.ratio[-1])
+        run = rpca.choose_down(self.model, drafts, self.measured_on, self.args.ratio, steps, progress=True)
+        yield from zip(self.args.ratio, run)
 
     def down(self, ratio, method):
         return next(new for at, new in self.runs[method] if at == ratio)
@@ -137,7 +139,7 @@ SOCO = {
     "S alone learned, and set back to 1": {"replace": {"finished": finished_at_1}, "learned": "S"},
     "basis whitened": {"basis": "whitened"}, "basis plain": {"basis": "plain"}}
 CAP = {
-    "full method": {}, "no low-rank part": {"rank_share": 0.0},
+    "full method": {}, "no gains learned": {"steps": 0}, "no low-rank part": {"rank_share": 0.0},
     "twice the low-rank part": {"rank_share": 2 * rpca.RANK_SHARE},
     "one round (the initial mask, refitted)": {"rounds": 1}, "no scale": {"scale": False},
     "not tempered": {"keep": one_threshold},
@@ -159,8 +161,6 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("table", choices=list(TABLES))
     soco.add_run_flags(parser)
-    parser.add_argument("--steps", type=whole(1), help="of SoCo's learning (default: as there)")
-    parser.add_argument("--lr", type=between(0, 10), default=soco.LR, help="Adam's rate, times the ratio")
     parser.add_argument("--only", default="", help="run only variants whose name holds this")
     args = parser.parse_args()
     bench = Bench(args)
