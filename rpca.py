@@ -364,9 +364,10 @@ class Draft(nn.Module):
         """y = a * (L + S)(c * x) + b."""
         if self.teacher:
             return self.layer(x)
-        a, c, U, V = (part.to(x) for part in (self.a, self.c, self.U, self.V))
-        x = c * x
-        y = a * (F.linear(x, self.S) + F.linear(F.linear(x, V), U))
+        x = self.c.to(x) * x
+        y = F.linear(x, self.S)
+        y = y + F.linear(F.linear(x, self.V.to(x)), self.U.to(x)) if len(self.V) else y
+        y = self.a.to(x) * y
         return y if self.layer.bias is None else y + self.layer.bias
 
     def finish(self):

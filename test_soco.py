@@ -700,21 +700,26 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of_matrices():
-    waits, ids, steps = [], tokens(2, 8), 40
+    waits, ids, steps = {"soco": [], "cap": []}, tokens(2, 8), 40
     for blocks in (2, 8):
         students, spectrum, half = spectrum_of(model := tiny_llama(num_hidden_layers=blocks), ids)
         with Operations() as learning:
             soco.learn(model, students, spectrum, [ids], half, steps)
+        drafts = rpca.drafted(model, block_layers(model), [ids])
+        with Operations() as of_gains:
+            rpca.learn_gains(model, drafts, [ids], 0.5, steps)
         with Operations() as dense:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        waits.append(learning.waits)
-    assert waits[0] == waits[1] <= 6 * steps and learning.all <= 2.0 * dense.all * steps
+        waits["soco"].append(learning.waits), waits["cap"].append(of_gains.waits)
+    assert learning.all <= 2.0 * dense.all * steps and of_gains.all <= 1.7 * dense.all * steps
+    assert waits["soco"][0] == waits["soco"][1] <= 6 * steps
+    assert waits["cap"][0] == waits["cap"][1] <= 3 * steps
 
 
 # ---- architectures --------------------------------------------------------------------------------
 ARCHITECTURES = ("gpt2 llama mistral qwen2 qwen3 gemma3_text phi3 opt gpt_neox bloom falcon granite olmo2 "
                  "starcoder2").split()
-SETTINGS = {"soco": {"steps": 2, "group": 1}, "cap": {}}
+SETTINGS = {"soco": {"steps": 2, "group": 1}, "cap": {"steps": 2}}
 
 
 @pytest.mark.parametrize("method", METHODS)
