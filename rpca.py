@@ -394,9 +394,9 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
     if estimator == "metric":
         set_ranks(drafts, ratio, rank_share, progress)
     steps = round(STEPS * ratio) if steps is None else steps
-    run = choose_down(model, drafts, batches, [ratio], steps, estimator, rounds, refitted, keep, lr, seed,
-                      progress)
-    return install(model, "cap", layers, next(run))
+    _, new = next(choose_down(model, drafts, batches, [ratio], steps, estimator, rounds, refitted, keep, lr,
+                              seed, progress))
+    return install(model, "cap", layers, new)
 
 
 def check(batches, ratio, steps, estimator, rank_share, rounds):
@@ -447,7 +447,8 @@ def set_ranks(drafts, ratio, rank_share, progress):
 def choose_down(model, drafts, batches, ratios, steps, estimator="metric", rounds=ROUNDS, refitted=True,
                 keep=None, lr=LR, seed=0, progress=False):
     """Stage 2 at each of rising `ratios`, each going on where the one before has ended, and then learning:
-    `steps` to the last and its share of them to each before; yields {dense layer: layer to store}."""
+    `steps` to the last and its share of them to each before; yields (steps so far, {dense layer: layer to
+    store})."""
     done = 0
     for ratio in ratios:
         if estimator == "policy":
@@ -456,7 +457,7 @@ def choose_down(model, drafts, batches, ratios, steps, estimator="metric", round
             choose_by_metric(drafts, ratio, rounds, keep or keep_worthiest, refitted, progress)
         done, before = round(steps * ratio / ratios[-1]), done
         learn_gains(model, drafts, batches, ratio, done - before, lr, progress)
-        yield {draft.layer: draft.finish() for draft in drafts}
+        yield done, {draft.layer: draft.finish() for draft in drafts}
 
 
 def threshold(worths, count):
@@ -636,9 +637,9 @@ def main():
                           not args.no_refit, lr=args.lr, seed=args.seed, progress=True)
         for ratio in args.ratio:
             with report.clock("stage 2 and gains"):
-                new = next(run)
+                steps, new = next(run)
             install(model, "cap", layers, new)
-            report.score("compressed", f"CAP, {args.estimator}", ratio)
+            report.score("compressed", f"CAP, {args.estimator}, {steps} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)
             swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
 

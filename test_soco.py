@@ -1893,6 +1893,28 @@ def test_learning_the_gains_lowers_the_divergence_also_on_other_text_and_changes
     assert all(torch.equal(a, b) and x == y for (a, x), (b, y) in zip(*masks))
 
 
+def test_each_ratio_of_a_run_gets_its_share_of_steps_and_is_as_good_as_a_run_of_its_own(monkeypatch):
+    from pydoc_data.topics import topics
+    dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
+    batches, layers = encode(tokenizer, topics["class"])[:512].view(4, 2, 64), block_layers(dense)
+    calls, learn, target = [], rpca.learn_gains, [logits(dense, ids) for ids in batches]
+    monkeypatch.setattr(rpca, "learn_gains", lambda *args: calls.append(args[3:5]) or learn(*args))
+
+    def lost(ratios, steps):
+        found, _ = [], torch.manual_seed(0)
+        drafts = rpca.drafted(dense, layers, batches)
+        for done, new in rpca.choose_down(dense, drafts, batches, ratios, steps):
+            with swapped(dense, new):
+                found.append((done, divergence(target, dense, batches)))
+        return found
+
+    one, alone = lost([0.5, 0.8], 16), [lost([ratio], 20 * ratio)[0] for ratio in (0.5, 0.8)]
+    assert [steps for steps, _ in one] == [steps for steps, _ in alone] == [10, 16]
+    assert one[0] == alone[0] and one[1][1] < alone[1][1] + 0.03
+    rpca.compress(tiny_gpt2(), [tokens(2, 16)], 0.55)
+    assert calls == [(0.5, 10), (0.8, 6), (0.5, 10), (0.8, 16), (0.55, 88)]
+
+
 @pytest.mark.parametrize("name, value", [("ratio", 1.0), ("ratio", math.nan), ("estimator", "luck"),
     ("steps", -1), ("rounds", 0), ("rank_share", 1.5), ("rank_share", -1), ("batches", [])])
 def test_settings_that_cannot_be_met_are_refused_before_the_work(name, value, monkeypatch):

@@ -70,13 +70,12 @@ class Bench:
         return rpca.compress(self.model, self.measured_on, ratio, **settings)
 
     def run_of_soco(self):
-        """Yield (ratio, {layer: new one}) of one run down through the ratios."""
+        """Yield (ratio, (steps, {layer: new one})) of one run down through the ratios."""
         scored, layers = self.fresh_scored(*self.inputs), self.inputs[1]
         spectrum = soco.Spectrum(list(scored.values()), group=8)
         run = soco.learn_down(self.model, scored, spectrum, layers, self.batches, self.args.ratio, self.steps,
                               self.args.lr, progress=True)
-        for ratio, (_, new) in zip(self.args.ratio, run):
-            yield ratio, new
+        yield from zip(self.args.ratio, run)
 
     def run_of_cap(self):
         drafts = self.fresh_drafts(*self.inputs)
@@ -86,7 +85,7 @@ class Bench:
         yield from zip(self.args.ratio, run)
 
     def down(self, ratio, method):
-        return next(new for at, new in self.runs[method] if at == ratio)
+        return next(new for at, (_, new) in self.runs[method] if at == ratio)
 
     def pruned(self, ratio, prune):
         return prune_all(prune, self.drafts(), ratio)
