@@ -300,6 +300,22 @@ RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as ma
 RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split at once
 
 
+class Gain(torch.autograd.Function):
+    """gain * x of x [..., n] and gain [n], which may be of a wider dtype, and then has its gradient summed in
+    that: 1,024 tokens are too many for float16."""
+
+    @staticmethod
+    def forward(ctx, x, gain):
+        ctx.save_for_backward(x, gain)
+        return gain.to(x) * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, gain = ctx.saved_tensors
+        return gain.to(g) * g, (g * x).flatten(0, -2).sum(0, dtype=gain.dtype).to(gain.device)
+
+
 class Draft(nn.Module):
     """A matrix while its structure is chosen: W [m, n] = L + S, L = U V of rank k, S zero where it is
     dropped, in the units of W.
@@ -338,15 +354,17 @@ class Draft(nn.Module):
         return self.rows[:, None] * A.to(self.rows) * self.columns
 
     def set_low_rank(self, U, V):
-        """L from factors [m, k], [k, n] in scaled units."""
-        self.U, self.V = U / self.rows[:, None], V / self.columns
+        """L from factors [m, k], [k, n] in scaled units, as two of equal norms."""
+        U, V = U / self.rows[:, None], V / self.columns
+        half = (U.norm(dim=0) / V.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-15)
+        self.U, self.V = U / half, half[:, None] * V
 
     def target(self):
         """W - L [m, n]: what S starts from, and is to stand for."""
         return matrix(self.layer).to(self.rows) - self.U @ self.V
 
     def worth(self):
-        """Predicted loss of dropping each entry of S [m, n] float32, over the level of its row."""
+        """Predicted loss, at gains of 1, of dropping each entry of S [m, n] float32, over its row's level."""
         return self.scaled(self.S).square() / self.level
 
     def loss_with(self, U, V, budget, G):
@@ -364,17 +382,16 @@ class Draft(nn.Module):
         """y = a * (L + S)(c * x) + b."""
         if self.teacher:
             return self.layer(x)
-        x = self.c.to(x) * x
+        x = Gain.apply(x, self.c)
         y = F.linear(x, self.S)
         y = y + F.linear(F.linear(x, self.V.to(x)), self.U.to(x)) if len(self.V) else y
-        y = self.a.to(x) * y
+        y = Gain.apply(y, self.a)
         return y if self.layer.bias is None else y + self.layer.bias
 
     def finish(self):
         a, c = self.a[:, None], self.c
-        half = (self.U.norm(dim=0) / self.V.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-15)
-        U, V = a * self.U / half, half[:, None] * self.V * c
-        return low_rank_plus_sparse(U, V, a * self.S * c, self.layer.bias, like=self.layer.weight)
+        return low_rank_plus_sparse(a * self.U, self.V * c, a * self.S * c, self.layer.bias,
+                                    like=self.layer.weight)
 
 
 def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_share=RANK_SHARE,
@@ -394,7 +411,7 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
     if estimator == "metric":
         set_ranks(drafts, ratio, rank_share, progress)
     steps = round(STEPS * ratio) if steps is None else steps
-    _, new = next(choose_down(model, drafts, batches, [ratio], steps, estimator, rounds, refitted, keep, lr,
+    _, new = next(prune_down(model, drafts, batches, [ratio], steps, estimator, rounds, refitted, keep, lr,
                               seed, progress))
     return install(model, "cap", layers, new)
 
@@ -402,11 +419,11 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
 def check(batches, ratio, steps, estimator, rank_share, rounds):
     """Refuse what `compress` cannot do."""
     check_inputs(batches, ratio)
-    least = estimator == "metric"
-    if (steps or 0) < 0 or estimator not in ESTIMATORS or not 0 <= rank_share < 1 or rounds < least:
+    least = {"metric": 1, "policy": 0}.get(estimator, math.inf)
+    if (steps or 0) < 0 or rounds < least or not 0 <= rank_share < 1:
         raise CannotCompress(f"steps {steps}, estimator {estimator!r}, rank_share {rank_share} or rounds "
                              f"{rounds} cannot be: give steps >= 0, {' or '.join(ESTIMATORS)}, a share from "
-                             f"0 to below 1, at least one round")
+                             f"0 to below 1, at least one round (policy: 0)")
 
 
 def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *measured: None):
@@ -444,20 +461,20 @@ def set_ranks(drafts, ratio, rank_share, progress):
                 draft.S = draft.target().to(draft.S)
 
 
-def choose_down(model, drafts, batches, ratios, steps, estimator="metric", rounds=ROUNDS, refitted=True,
-                keep=None, lr=LR, seed=0, progress=False):
-    """Stage 2 at each of rising `ratios`, each going on where the one before has ended, and then learning:
-    `steps` to the last and its share of them to each before; yields (steps so far, {dense layer: layer to
-    store})."""
+def prune_down(model, drafts, batches, ratios, steps, estimator="metric", rounds=ROUNDS, refitted=True,
+               keep=None, lr=LR, seed=0, progress=False):
+    """Go down through rising `ratios` in one run, `steps` to the last and its share of them to each before:
+    stage 2, then the gains; at each, yield (steps so far, {dense layer: layer to store})."""
     done = 0
     for ratio in ratios:
         if estimator == "policy":
             choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress)
         else:
             choose_by_metric(drafts, ratio, rounds, keep or keep_worthiest, refitted, progress)
-        done, before = round(steps * ratio / ratios[-1]), done
-        learn_gains(model, drafts, batches, ratio, done - before, lr, progress)
-        yield done, {draft.layer: draft.finish() for draft in drafts}
+        until = round(steps * ratio / ratios[-1])
+        learn_gains(model, drafts, batches, ratio, done, until, lr, progress)
+        yield until, {draft.layer: draft.finish() for draft in drafts}
+        done = until
 
 
 def threshold(worths, count):
@@ -496,7 +513,7 @@ def refit_all(drafts):
         if draft.G is not latest[0]:
             latest = draft.G, draft.G.to(draft.rows.device)
         S = draft.S.float()
-        draft.S, = as_the_first([refit(draft.target(), S, S != 0, latest[1]).to(draft.S)])
+        draft.S, = as_the_first([refit(draft.target(), S, S != 0, latest[1]).to(draft.S).contiguous()])
 
 
 def choose_by_metric(drafts, ratio, rounds, keep, refitted, progress):
@@ -558,20 +575,20 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
         refit_all(drafts)
 
 
-def learn_gains(model, drafts, batches, ratio, steps, lr=LR, progress=False):
-    """Train the gains a, c of every draft, from where they are, to keep KL(dense || compressed) small; Adam's
-    rate is lr * ratio. What is kept stays, and so does its cost."""
+def learn_gains(model, drafts, batches, ratio, first, until, lr=LR, progress=False):
+    """Train the gains a, c of every draft, from where they are, to keep KL(dense || compressed) small: the
+    steps `first` to `until` of a run, at Adam's rate lr * ratio. What is kept stays, and so does its cost."""
     gains = [gain for draft in drafts for gain in (draft.a, draft.c)]
     for gain in gains:
         gain.grad = torch.zeros_like(gain)
-    optimizer, schedule = adam([{"params": gains, "lr": lr * ratio}], steps, falling=0.6)
+    optimizer, schedule = adam([{"params": gains, "lr": lr * ratio}], until - first, falling=0.6)
     students = {draft.layer: draft for draft in drafts}
     with swapped(model, students), frozen(model, checkpointing=True), torch.enable_grad():
         for gain in gains:
             gain.requires_grad_(True)
-        for step in (steps_bar := bar(range(steps), progress, desc="learn the gains", unit="step")):
+        for step in (steps_bar := bar(range(first, until), progress, desc="learn the gains", unit="step")):
             ids = batches[step % len(batches)].to(input_device(model))
-            loss = distil(model, drafts, gains, optimizer, ids, f"{step + 1} of {steps}")
+            loss = distil(model, drafts, gains, optimizer, ids, f"{step + 1} of {until}")
             schedule.step()
             if progress:
                 steps_bar.set_postfix(loss=loss.item())
@@ -603,7 +620,7 @@ def main():
         help="of the parameters that each matrix may keep, for its low-rank part (metric only)")
     add("--rounds", type=whole(1, 10 ** 4), default=ROUNDS, help="of pruning and refitting, or of the policy")
     add("--no-scale", action="store_true", help="split and choose in the units of W, without the metric")
-    add("--no-refit", action="store_true", help="keep the values that stage 1 gave")
+    add("--no-refit", action="store_true", help="do not refit what is kept (gains: --steps 0)")
     args = parser.parse_args()
     if args.estimator == "policy" and len(args.ratio) > 1:
         raise UserError(f"--ratio {args.ratio}: the policy learns for one; give one, or --estimator metric")
@@ -633,7 +650,7 @@ def main():
         if args.estimator == "metric":
             with report.clock("stage 1"):
                 set_ranks(drafts, args.ratio[-1], args.rank_share, progress=True)
-        run = choose_down(model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
+        run = prune_down(model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
                           not args.no_refit, lr=args.lr, seed=args.seed, progress=True)
         for ratio in args.ratio:
             with report.clock("stage 2 and gains"):
@@ -642,6 +659,7 @@ def main():
             report.score("compressed", f"CAP, {args.estimator}, {steps} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)
             swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
+            del new
 
 
 if __name__ == "__main__":

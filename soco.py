@@ -749,9 +749,10 @@ def adam(groups, steps, falling):
         optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / max(steps, 1)) / max(falling, 1e-9)))
 
 
-def distil(model, students, tensors, optimizer, ids, step):
+def distil(model, students, tensors, optimizer, ids, at):
     """One step of training `tensors` of the `students` that stand in the model for its dense layers: returns
-    KL(dense || compressed), detached, on token ids [batch, length]. Raises FloatingPointError naming `step`.
+    KL(dense || compressed), detached, on token ids [batch, length]. Raises FloatingPointError; `at` says
+    which step it was.
     """
     logits = teacher(model, students, ids)
     loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
@@ -759,8 +760,8 @@ def distil(model, students, tensors, optimizer, ids, step):
     (loss * ids.numel()).backward()                  # Adam does not see the factor; float16 needs it
     average(loss := loss.detach(), *(tensor.grad for tensor in tensors))
     if not torch.stack([loss, *(tensor.grad.sum().to(loss) for tensor in tensors)]).isfinite().all():
-        raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step {step}: lower"
-                                 f" the learning rate, --lr")
+        raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step {at}: "
+                                 f"lower the learning rate, --lr, or use --dtype float32 or bfloat16")
     optimizer.step()
     return loss
 
@@ -1017,7 +1018,8 @@ def add_run_flags(parser, steps=STEPS):
     add("--same-text", action="store_true", help="allow --calib and --eval to be the same file")
     add("--seqlen", type=whole(8, 2 ** 20), default=256, help="tokens a calibration block")
     add("--batch-size", type=whole(1, 2 ** 16), default=4, help="blocks a batch")
-    add("--metric-batches", type=whole(1, 10 ** 5), default=METRIC_BATCHES, help="batches the metric sees")
+    add("--metric-batches", type=whole(1, 10 ** 5), default=METRIC_BATCHES, help="batches that the metric"
+        " sees, and that CAP learns from")
     add("--steps", type=whole(0, 10 ** 6), help="of learning, down to the last ratio; each before it has its"
         f" share of them (default: {steps} * the last ratio)")
     add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate, times the ratio")
@@ -1312,6 +1314,7 @@ def main():
             report.score("compressed", f"SoCo, {steps} steps", ratio)
             report.write(places.get(ratio), ratio, tokenizer)
             swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
+            del new
 
 
 if __name__ == "__main__":

@@ -707,7 +707,7 @@ def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of
             soco.learn(model, students, spectrum, [ids], half, steps)
         drafts = rpca.drafted(model, block_layers(model), [ids])
         with Operations() as of_gains:
-            rpca.learn_gains(model, drafts, [ids], 0.5, steps)
+            rpca.learn_gains(model, drafts, [ids], 0.5, 0, steps)
         with Operations() as dense:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         waits["soco"].append(learning.waits), waits["cap"].append(of_gains.waits)
@@ -1898,12 +1898,12 @@ def test_each_ratio_of_a_run_gets_its_share_of_steps_and_is_as_good_as_a_run_of_
     dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
     batches, layers = encode(tokenizer, topics["class"])[:512].view(4, 2, 64), block_layers(dense)
     calls, learn, target = [], rpca.learn_gains, [logits(dense, ids) for ids in batches]
-    monkeypatch.setattr(rpca, "learn_gains", lambda *args: calls.append(args[3:5]) or learn(*args))
+    monkeypatch.setattr(rpca, "learn_gains", lambda *args: calls.append(args[3:6]) or learn(*args))
 
     def lost(ratios, steps):
         found, _ = [], torch.manual_seed(0)
         drafts = rpca.drafted(dense, layers, batches)
-        for done, new in rpca.choose_down(dense, drafts, batches, ratios, steps):
+        for done, new in rpca.prune_down(dense, drafts, batches, ratios, steps):
             with swapped(dense, new):
                 found.append((done, divergence(target, dense, batches)))
         return found
@@ -1912,7 +1912,7 @@ def test_each_ratio_of_a_run_gets_its_share_of_steps_and_is_as_good_as_a_run_of_
     assert [steps for steps, _ in one] == [steps for steps, _ in alone] == [10, 16]
     assert one[0] == alone[0] and one[1][1] < alone[1][1] + 0.03
     rpca.compress(tiny_gpt2(), [tokens(2, 16)], 0.55)
-    assert calls == [(0.5, 10), (0.8, 6), (0.5, 10), (0.8, 16), (0.55, 88)]
+    assert calls == [(0.5, 0, 10), (0.8, 10, 16), (0.5, 0, 10), (0.8, 0, 16), (0.55, 0, 88)]
 
 
 @pytest.mark.parametrize("name, value", [("ratio", 1.0), ("ratio", math.nan), ("estimator", "luck"),

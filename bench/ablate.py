@@ -32,7 +32,7 @@ class Bench:
     """A model and its texts. Here `compress` measures and decomposes once, and returns {layer: new one}."""
 
     def __init__(self, args):
-        self.args, self.steps = args, args.steps or round(soco.STEPS * args.ratio[-1])
+        self.args, self.steps = args, round(soco.STEPS * args.ratio[-1]) if args.steps is None else args.steps
         self.model, _, calibration, self.evaluation = soco.read_inputs(args, *soco.check_run(args))
         self.batches = soco.sample_batches(calibration, args, max(self.steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]
@@ -81,7 +81,7 @@ class Bench:
         drafts = self.fresh_drafts(*self.inputs)
         rpca.set_ranks(drafts, self.args.ratio[-1], rpca.RANK_SHARE, progress=True)
         steps = round(rpca.STEPS * self.args.ratio[-1])
-        run = rpca.choose_down(self.model, drafts, self.measured_on, self.args.ratio, steps, progress=True)
+        run = rpca.prune_down(self.model, drafts, self.measured_on, self.args.ratio, steps, progress=True)
         yield from zip(self.args.ratio, run)
 
     def down(self, ratio, method):
@@ -144,8 +144,8 @@ CAP = {
     "not tempered": {"keep": one_threshold},
     "the same share of every matrix": {"keep": same_share_of_matrices},
     "the same share of every row": {"keep": same_share_of_rows}, "no refit": {"refitted": False},
-    "policy gradient, the mask it starts from": {"estimator": "policy", "rounds": 0},
-    "policy gradient, three rounds": {"estimator": "policy", "rounds": 3}}
+    "policy gradient, the mask it starts from": {"estimator": "policy", "rounds": 0, "steps": 0},
+    "policy gradient, three rounds": {"estimator": "policy", "rounds": 3, "steps": 0}}
 TABLES = {        # {variant: (method of Bench, settings)}; gaps are shown over that of the first too
     "soco": SVD | {variant: ("soco", settings) for variant, settings in SOCO.items()},
     "cap": PRUNED | {"OATS, 20 rounds": ("pruned", {"prune": partial(oats, rounds=20)})}
@@ -165,7 +165,7 @@ def main():
     bench = Bench(args)
     settings = {key: value for key, value in vars(args).items() if key not in ("table", "only", "ratio")}
     settings |= {key: Path(settings[key]).name for key in ("model", "calib", "eval")}
-    settings["steps"] = args.steps or f"{soco.STEPS} times the ratio"
+    settings["steps"] = f"{soco.STEPS} times the ratio" if args.steps is None else args.steps
     name = re.sub(r"\W+", "-", f"{args.table}-{settings['model']}-{args.seed}")
     path = Path(__file__).parent / "results" / f"{name}.json"
     results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "variants": {}}

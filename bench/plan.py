@@ -68,7 +68,7 @@ def memory(name, dtype, args, device):
     metrics, passes = measuring(factors, inputs + outputs + 4 * entries)
     phases = {"weights": 0, "SoCo, learning": factors + step,
               "SoCo, metric": max(metrics + max(metric, factor), factors + metric),
-              "CAP": max(metric + max(measuring(drafts, inputs)[0], drafts), drafts + step)}
+              "CAP": max(metric + measuring(drafts, inputs)[0], drafts + max(metric, step, size * entries))}
     return {phase: weights + more for phase, more in phases.items()}, passes
 
 
