@@ -398,12 +398,13 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
              rounds=ROUNDS, scale=True, refitted=True, keep=None, lr=LR, seed=0, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
-    batches: token ids [batch, length], an iterable. steps: of learning the gains, by default STEPS * ratio;
-    lr: their rate, times the ratio. estimator: of the masks, "metric" or "policy" (the paper's).
+    batches: token ids [batch, length], an iterable, repeated when `steps` need more. steps: of learning the
+    gains, by default STEPS * ratio; lr: their rate, times the ratio. estimator: of the masks, "metric" or
+    "policy" (the paper's).
     rank_share: of the parameters that each matrix may keep, for its L ("metric"). rounds: of pruning and
     refitting, or of the policy over the batches (the paper: 3). scale: whether the metric decides. refitted:
     whether kept values are refitted. keep: what prunes ("metric"), default keep_worthiest. Raises
-    CannotCompress before any work for settings that cannot be met.
+    CannotCompress before any work for settings that cannot be met, FloatingPointError for a loss not finite.
     """
     layers, batches = block_layers(model), list(batches)
     check(batches, ratio, steps, estimator, rank_share, rounds)
