@@ -301,8 +301,8 @@ RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split 
 
 
 class Gain(torch.autograd.Function):
-    """gain * x of x [..., n] and gain [n], which may be of a wider dtype, and then has its gradient summed in
-    that: 1,024 tokens are too many for float16."""
+    """gain * x of x [..., n] and gain [n], which may be of a wider dtype: its gradient, a sum over all tokens,
+    is added up in that, as it would overflow float16."""
 
     @staticmethod
     def forward(ctx, x, gain):
@@ -400,11 +400,11 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
 
     batches: token ids [batch, length], an iterable, repeated when `steps` need more. steps: of learning the
     gains, by default STEPS * ratio; lr: their rate, times the ratio. estimator: of the masks, "metric" or
-    "policy" (the paper's).
-    rank_share: of the parameters that each matrix may keep, for its L ("metric"). rounds: of pruning and
-    refitting, or of the policy over the batches (the paper: 3). scale: whether the metric decides. refitted:
-    whether kept values are refitted. keep: what prunes ("metric"), default keep_worthiest. Raises
-    CannotCompress before any work for settings that cannot be met, FloatingPointError for a loss not finite.
+    "policy" (the paper's). rank_share: of the parameters that each matrix may keep, for its L ("metric").
+    rounds: of pruning and refitting, or of the policy over the batches (the paper: 3). scale: whether the
+    metric decides. refitted: whether kept values are refitted. keep: what prunes ("metric"), default
+    keep_worthiest. Raises CannotCompress before any work for settings that cannot be met, FloatingPointError
+    for a loss not finite.
     """
     layers, batches = block_layers(model), list(batches)
     check(batches, ratio, steps, estimator, rank_share, rounds)
