@@ -1877,6 +1877,14 @@ def test_gains_fold_into_what_is_stored(make):
         assert torch.equal(new.S != 0, draft.S != 0)
 
 
+def test_the_gradient_of_a_gain_is_right_and_does_not_overflow_float16():
+    x, gain = random(2, 3, 5).double().requires_grad_(), random(5, seed=1).double().requires_grad_()
+    assert torch.autograd.gradcheck(rpca.Gain.apply, (x, gain))
+    gain = torch.ones(4, requires_grad=True)
+    rpca.Gain.apply(torch.full((2048, 4), 100.0).half(), gain).sum(dtype=torch.float32).backward()
+    assert gain.grad.tolist() == [204_800.0] * 4
+
+
 def test_learning_the_gains_lowers_the_divergence_also_on_other_text_and_changes_nothing_that_is_kept():
     from pydoc_data.topics import topics
     dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
