@@ -296,13 +296,14 @@ ESTIMATORS = ("metric", "policy")
 RANK_SHARE = 0.02         # of the parameters that a matrix may keep, for L; more is worse on SmolLM2
 ROUNDS = 8                # of pruning and refitting; of the policy, over the batches, too
 STEPS = 160               # of learning the gains, times the ratio
+FALLING = 0.6             # the last part of these steps, over which the rate falls to zero
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split at once
 
 
 class Gain(torch.autograd.Function):
-    """gain * x of x [..., n] and gain [n], which may be of a wider dtype: its gradient, a sum over all tokens,
-    is added up in that, as it would overflow float16."""
+    """gain * x of x [..., n] and gain [n], which may be of a wider dtype: its gradient, a sum over all
+    tokens, is added up in that, as it would overflow float16."""
 
     @staticmethod
     def forward(ctx, x, gain):
@@ -582,7 +583,7 @@ def learn_gains(model, drafts, batches, ratio, first, until, lr=LR, progress=Fal
     gains = [gain for draft in drafts for gain in (draft.a, draft.c)]
     for gain in gains:
         gain.grad = torch.zeros_like(gain)
-    optimizer, schedule = adam([{"params": gains, "lr": lr * ratio}], until - first, falling=0.6)
+    optimizer, schedule = adam([{"params": gains, "lr": lr * ratio}], until - first, FALLING)
     students = {draft.layer: draft for draft in drafts}
     with swapped(model, students), frozen(model, checkpointing=True), torch.enable_grad():
         for gain in gains:

@@ -706,7 +706,7 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, learned=LEARNE
     parameters, tensors = int((spectrum.m * spectrum.n).sum()), [getattr(spectrum, name) for name in learned]
     rate = lr * (1 - budget / parameters)
     rates = [{"params": [tensor], "lr": rate / 2 if tensor is spectrum.d else rate} for tensor in tensors]
-    optimizer, schedule = adam(rates, steps, stages[2])
+    optimizer, schedule = adam(rates, steps, falling=stages[2])
     stage = None
     with swapped(model, scored), frozen(model, checkpointing=True), torch.enable_grad():
         for student in spectrum.layers:
@@ -742,8 +742,8 @@ def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, lear
 
 
 def adam(groups, steps, falling):
-    """Adam for `groups` of parameters with rates, and what its rates follow: a short rise, and a fall to zero
-    over the part `falling` of the steps."""
+    """(optimizer, schedule): Adam for `groups` of parameters and their rates, which rise over five steps, are
+    held, and fall to zero over the last part `falling` of `steps`."""
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / max(steps, 1)) / max(falling, 1e-9)))
