@@ -7,8 +7,9 @@
 Protocol. The text is tokenised in one piece and cut into non-overlapping blocks of `seqlen` tokens; the tail
 is dropped; each block is scored alone, its first token not scored; one sum of nats over one count of tokens.
 With a stride smaller than `seqlen`, windows overlap and every token is scored once, with all the context its
-window gives it (the sliding window of the transformers documentation). Perplexities of different protocols,
-texts or tokenisers do not compare.
+window gives it (the sliding window of the transformers documentation). With --bos the first token of every
+window gives its place to the tokenizer's <bos>, as in llama.cpp: Gemma goes astray without. Perplexities of
+different protocols, texts or tokenisers do not compare.
 
 soco.py and rpca.py take from here the texts, the loading of a model and the conventions of the command line.
 """
@@ -50,13 +51,13 @@ class Perplexity(NamedTuple):
 
 
 @torch.no_grad()
-def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda batches: batches):
+def perplexity(model, ids, seqlen, stride=None, blocks=None, bos=None, progress=lambda batches: batches):
     """exp of the mean negative log-likelihood of `ids` [tokens], in windows of `seqlen` tokens.
 
     stride: tokens from one window to the next (default seqlen: blocks that share nothing). blocks: score only
-    the first so many windows. progress: wraps the iterable of batches, as tqdm does. The model is left in the
-    mode, module by module, in which it was. Raises ValueError when there is not one whole window, and
-    FloatingPointError when the result is not finite.
+    the first so many windows. bos: a token to stand in place of the first of every window. progress: wraps
+    the iterable of batches, as tqdm does. The model is left in the mode, module by module, in which it was.
+    Raises ValueError when there is not one whole window, FloatingPointError when the result is not finite.
     """
     stride = stride or seqlen
     starts = range(0, len(ids) - seqlen + 1, stride)[:blocks]
@@ -68,7 +69,7 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda bat
     try:
         for first in progress(range(0, len(starts), at_once)):
             some = starts[first:first + at_once]
-            windows = torch.stack([ids[start:start + seqlen] for start in some]).to(device)
+            windows = begun(torch.stack([ids[start:start + seqlen] for start in some]), bos).to(device)
             logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
             targets = windows[:, 1:].to(logits.device, copy=True)
             for start, logit, target in zip(some, logits, targets):
@@ -84,6 +85,11 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda bat
         raise FloatingPointError(f"perplexity is {nats}: the model's logits are not finite in {model.dtype}; "
                                  f"try --dtype float32")
     return Perplexity(math.exp(min(nats / tokens, 700)), nats / tokens, tokens)
+
+
+def begun(windows, bos):
+    """Windows [count, seqlen] of token ids, the first of each replaced by `bos` unless that is None."""
+    return windows if bos is None else F.pad(windows[:, 1:], (1, 0), value=bos)
 
 
 # ---- text -------------------------------------------------------------------------------------
@@ -170,6 +176,16 @@ def load_tokens(model, tokenizer, name, split, seqlen):
         raise UserError(f"the tokenizer gives token {ids.max()} in text {name!r}, the model knows {known}: "
                         f"give the model its own tokenizer")
     return ids
+
+
+def first_token(model, tokenizer, bos):
+    """What --bos says: an id, None, or TOKENIZERS for the id of the tokenizer's <bos>; one the model knows."""
+    known = model.get_input_embeddings().num_embeddings
+    found = tokenizer.bos_token_id if bos == TOKENIZERS else bos
+    if bos is not None and (found is None or found >= known):
+        raise UserError(f"--bos: token {found} is none of the {known} that the model knows: give an id, "
+                        f"or leave it out")
+    return found
 
 
 # ---- models -----------------------------------------------------------------------------------
@@ -356,6 +372,14 @@ def add_model_flags(parser):
         help="of the weights; auto is bfloat16 on CUDA, else float32")
 
 
+TOKENIZERS = -1      # --bos without an id
+
+
+def add_bos_flag(parser):
+    parser.add_argument("--bos", nargs="?", type=whole(0), const=TOKENIZERS, metavar="ID", help="begin every "
+                        "window of text with this token, by default the tokenizer's <bos>")
+
+
 def default_text(model):
     return "stdlib" if model == BUNDLED else "wikitext2"
 
@@ -424,6 +448,7 @@ def main():
     add("--seqlen", type=whole(2), help="tokens a window (default: what the model reads, at most 2048)")
     add("--stride", type=whole(1), help="tokens from one window to the next (default: --seqlen)")
     add("--blocks", type=whole(1), help="score only the first so many windows (default: all)")
+    add_bos_flag(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -436,9 +461,10 @@ def main():
     check_windows(model, {"--seqlen": seqlen})
     data = args.eval or default_text(args.model)
     ids = load_tokens(model, tokenizer, data, "test", seqlen)
-    result = perplexity(model, ids, seqlen, stride, args.blocks, bar)
+    bos = first_token(model, tokenizer, args.bos)
+    result = perplexity(model, ids, seqlen, stride, args.blocks, bos, bar)
     say(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split "
-        f"test, seqlen {seqlen}, stride {stride}, tokens {result.tokens}, dtype {str(dtype)[6:]})")
+        f"test, seqlen {seqlen}, stride {stride}, bos {bos}, tokens {result.tokens}, dtype {str(dtype)[6:]})")
 
 
 if __name__ == "__main__":

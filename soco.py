@@ -1007,8 +1007,9 @@ def quiet():
 # ---- the command: what a run of soco.py or rpca.py does around its method ---------------------------
 
 def add_run_flags(parser, steps=STEPS):
-    from eval_ppl import add_model_flags, between, whole
+    from eval_ppl import add_bos_flag, add_model_flags, between, whole
     add_model_flags(parser)
+    add_bos_flag(parser)
     add, size = parser.add_argument, whole(1, 2 ** 20)
     add("--ratio", type=between(0, 1), nargs="+", default=[0.5], help="share of the block weights' parameters"
         " to remove; several, rising: one run that goes down through them and saves a model at each")
@@ -1054,7 +1055,7 @@ def check_run(args):
 
 def read_inputs(args, device, dtype):
     """The model, its tokenizer, and the token ids of the text to learn from and of the text to score."""
-    from eval_ppl import UserError, check_windows, load_model, load_tokens, longest_input
+    from eval_ppl import UserError, check_windows, first_token, load_model, load_tokens, longest_input
     model, tokenizer = load_model(args.model, device, dtype, args.device_map, revision=args.revision,
                                   trust_remote_code=args.trust_remote_code)
     args.eval_seqlen = args.eval_seqlen or min(longest_input(model) or 2048, 2048)
@@ -1063,6 +1064,7 @@ def read_inputs(args, device, dtype):
         raise UserError(f"--eval-stride {args.eval_stride} is longer than --eval-seqlen {args.eval_seqlen}: "
                         f"it would skip text")
     check_windows(model, {"--seqlen": args.seqlen, "--eval-seqlen": args.eval_seqlen})
+    args.bos = first_token(model, tokenizer, args.bos)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     evaluation = load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
@@ -1077,10 +1079,11 @@ def sample_batches(ids, args, count):
     """`count` batches [batch, seqlen] of blocks of a text's ids [tokens], without overlap, in random order,
     repeated when the text has fewer; the same first ones whatever the count. Of several processes, each gets
     its own rows."""
+    from eval_ppl import begun
     blocks = ids[:len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(args.seed), device="cpu")
     wanted = count * args.batch_size
-    blocks = blocks[order.repeat(wanted // len(blocks) + 1)[:wanted]]
+    blocks = begun(blocks[order.repeat(wanted // len(blocks) + 1)[:wanted]], args.bos)
     rank, processes = process()
     return [batch[rank::processes] for batch in blocks.split(args.batch_size)]
 
@@ -1129,14 +1132,15 @@ class Report:
         with self.clock("eval"), swapped(self.model, new):
             try:
                 ppl, nll, tokens = perplexity(self.model, self.evaluation, args.eval_seqlen, args.eval_stride,
-                                              args.eval_blocks, progress)
+                                              args.eval_blocks, args.bos, progress)
             except FloatingPointError as error:
                 raise UserError(f"--model {args.model}, {label}: {error}") from error
             kept, size = block_parameters(self.model, self.shapes, pruned)
         if not self.rows:
             self.dense_nll = nll
             self.eval = {"data": args.eval, "split": "test", "seqlen": args.eval_seqlen,
-                         "stride": args.eval_stride, "tokens": tokens, "dtype": str(self.model.dtype)[6:]}
+                         "stride": args.eval_stride, "bos": args.bos, "tokens": tokens,
+                         "dtype": str(self.model.dtype)[6:]}
             say(f"settings: {listed(vars(args))}")
             say(f"perplexity: {listed(self.eval)}, device {self.model.device}")
             say(f"{'':40} {'perplexity':>12} {'gap':>9} {'parameters':>14} {'MB':>10}")
@@ -1183,7 +1187,8 @@ class Report:
             f"{metrics['file_bytes'] / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB; peak memory "
             f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB; seconds {self.seconds}")
         say(f"written to {place[1]}; score it again with: python eval_ppl.py --model {place[1]} --eval "
-            f"{self.args.eval} --seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}")
+            f"{self.args.eval} --seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}"
+            + (f" --bos {self.args.bos}" if self.args.bos is not None else ""))
 
 
 def listed(settings):

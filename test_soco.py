@@ -797,17 +797,20 @@ def test_two_processes_find_what_one_finds(house, command, tmp_path):
 
 # ---- perplexity, texts, devices -------------------------------------------------------------------
 @pytest.mark.parametrize("blocks", [None, 1, 3])
+@pytest.mark.parametrize("bos", [None, 5])
 @pytest.mark.parametrize("stride", [None, 15, 7, 1])
-def test_perplexity_scores_every_token_once_with_all_the_context_of_its_window(stride, blocks, device):
+def test_perplexity_scores_every_token_once_with_all_the_context_of_its_window(stride, bos, blocks, device):
     model, ids = tiny_llama().to(device), tokens(50)
     windows = [start for start in range(0, 50, stride or 16) if start + 16 <= 50][:blocks]
     nats = []
     for t in range(1, windows[-1] + 16):
         start = next(start for start in windows if start + 16 > t)
         if start < t:
-            found = logits(model, ids[None, start:t].to(device))[0, -1]
+            window = ids[None, start:t].clone()
+            window[0, 0] = window[0, 0] if bos is None else bos
+            found = logits(model, window.to(device))[0, -1]
             nats.append(-found.log_softmax(-1)[ids[t]].item())
-    result = perplexity(model, ids, 16, stride, blocks)
+    result = perplexity(model, ids, 16, stride, blocks, bos)
     assert result.tokens == len(nats) and result.nll == pytest.approx(sum(nats) / len(nats), rel=1e-5)
     assert result.ppl == pytest.approx(math.exp(result.nll), rel=1e-12)
     for none_whole in ((51, None), (1, None), (16, 17), (16, -1)):
@@ -815,8 +818,8 @@ def test_perplexity_scores_every_token_once_with_all_the_context_of_its_window(s
             perplexity(model, ids, *none_whole)
 
 
-def sample(ids, count, seed=0):
-    args = types.SimpleNamespace(seqlen=8, batch_size=3, seed=seed)
+def sample(ids, count, seed=0, bos=None):
+    args = types.SimpleNamespace(seqlen=8, batch_size=3, seed=seed, bos=bos)
     return torch.stack(soco.sample_batches(ids, args, count))
 
 
@@ -827,6 +830,8 @@ def test_batches_are_pieces_of_the_text_in_an_order_the_seed_decides():
     assert torch.equal(batches.flatten(0, 1), starts + torch.arange(8))
     assert torch.equal(sample(ids, 9), batches.repeat(3, 1, 1)[:9])   # the text has 12 pieces
     assert not torch.equal(sample(ids, 4, seed=1), batches)
+    begun = sample(ids, 4, bos=200)
+    assert begun[..., 0].eq(200).all() and torch.equal(begun[..., 1:], batches[..., 1:])
 
 
 def test_texts_are_read_and_encoded_whole(tmp_path, monkeypatch):
@@ -1341,10 +1346,10 @@ def test_half_the_parameters_take_at_most_six_tenths_of_the_bytes(method, tmp_pa
 # ---- the command line -----------------------------------------------------------------------------
 MODEL_FLAGS = "model revision trust_remote_code device device_map dtype eval "
 SHARED = MODEL_FLAGS + ("ratio calib same_text seqlen batch_size metric_batches steps lr eval_seqlen "
-                        "eval_stride eval_blocks gradient_checkpointing no_baselines seed out ")
+                        "eval_stride eval_blocks bos gradient_checkpointing no_baselines seed out ")
 FLAGS = {"soco.py": SHARED + "basis rank_multiple learn",
          "rpca.py": SHARED + "estimator rank_share rounds no_scale no_refit",
-         "eval_ppl.py": MODEL_FLAGS + "seqlen stride blocks"}
+         "eval_ppl.py": MODEL_FLAGS + "seqlen stride blocks bos"}
 KEYS = ("method command compressible_params kept_params dense_bytes file_bytes seconds peak_memory_bytes ppl "
         "gap eval versions layers untouched processes")
 ROWS = {"soco": {"dense", "svd", "svd_whitened", "svd_kfac", "svd_global", "compressed"},
@@ -1357,7 +1362,8 @@ def test_metrics_and_table_tell_the_whole_run(method, script, forked):
     report, kept, dense, model = metrics(folder), 0, 0, METHODS[method].load(folder)
     assert (code, err) == (0, "") and report["method"] == method and f"written to {folder}" in out
     assert {*f"{FLAGS[script]} {KEYS}".split()} <= report.keys()
-    told = {"data": "stdlib", "split": "test", "seqlen": 64, "stride": 64, "tokens": 1260, "dtype": "float32"}
+    told = {"data": "stdlib", "split": "test", "seqlen": 64, "stride": 64, "bos": None, "tokens": 1260,
+            "dtype": "float32"}
     assert report["eval"] == told and "eval" in report["seconds"]
     size = (folder / "model.safetensors").stat().st_size
     assert report["file_bytes"] == size < 0.8 * report["dense_bytes"] < report["peak_memory_bytes"]
@@ -1398,7 +1404,7 @@ def test_help_shows_every_flag(script, command):
 
 @pytest.mark.parametrize("script", ["soco.py", "rpca.py"])
 def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(script, command, tmp_path):
-    line = "--no-baselines --ratio 0.3 0.5 --seed 3 --eval-seqlen 16 --eval-stride 8 --out 1"
+    line = "--no-baselines --ratio 0.3 0.5 --seed 3 --eval-seqlen 16 --eval-stride 8 --bos 5 --out 1"
     line += " --device-map cpu" if importlib.util.find_spec("accelerate") else ""
     assert command(script, line)[::2] == (0, "")
     assert {path.name for path in tmp_path.glob("1/*")} == {"0.3", "0.5"}
@@ -1406,7 +1412,7 @@ def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(scri
         report = metrics(tmp_path / "1" / str(ratio))
         assert report["ratio"] == ratio and report["ppl"].keys() == {"dense", "compressed"}
         assert (0.9 - ratio) < report["kept_params"] / report["compressible_params"] <= 1 - ratio
-        found = perplexity(load(tmp_path / "1" / str(ratio)), tokens(1000, seed=1), 16, 8, blocks=3).ppl
+        found = perplexity(load(tmp_path / "1" / str(ratio)), tokens(1000, seed=1), 16, 8, 3, bos=5).ppl
         assert found == pytest.approx(report["ppl"]["compressed"], rel=1e-4)
     words = ["--ratio", "0.3", "0.5", "--eval", report["eval"]["data"], "--out", "two"]
     for flag in {*FLAGS[script].split()} - {"ratio", "eval", "out"}:
@@ -1470,10 +1476,10 @@ BAD = {
 --pattern 2:4|--overwrite|--out {bad}/newer|--out {bad}/short|--out {bad}/short/new|--calib {bad}/short
 --eval {bad}/short|--calib {bad}/nowhere|--calib {bad}/binary|--calib {bad}/empty|--calib wikitext2
 --eval {house}/train|--model nobody/none|--model no/such/folder|--model {bad}/compressed|--model {bad}/empty
-WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
+--bos|--bos -1|--bos 64|WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
     "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--basis plain|--estimator luck
 --ratio 0.5 0.3|--out {bad}/newer|--calib {bad}/short|--metric-batches 200000000""",
-    "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--blocks 0|--blocks=--|--eval {bad}/short
+    "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--bos|--bos 64|--blocks 0|--blocks=--|--eval {bad}/short
 --device tpu9|--eval {bad}/binary|--model no/such/folder|--model {bad}/newer|--model {bad}/strange"""}
 LINES = [(script, line) for script in BAD for line in re.split(r"[|\n]", BAD[script])]
 LINES += [(script, "--model {bad}/" + name) for name in BROKEN for script in ("rpca.py", "eval_ppl.py")]

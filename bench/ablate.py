@@ -96,9 +96,10 @@ class Bench:
                 for _, layer, metric in self.metrics()}
 
     def perplexity(self, new):
-        length, stride = self.args.eval_seqlen, self.args.eval_stride
+        args = self.args
         with soco.swapped(self.model, new):
-            ppl, nll, _ = perplexity(self.model, self.evaluation, length, stride, self.args.eval_blocks)
+            ppl, nll, _ = perplexity(self.model, self.evaluation, args.eval_seqlen, args.eval_stride,
+                                     args.eval_blocks, args.bos)
         return {"ppl": ppl, "nll": nll}
 
 
