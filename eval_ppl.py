@@ -179,7 +179,7 @@ def load_tokens(model, tokenizer, name, split, seqlen):
 
 
 def first_token(model, tokenizer, bos):
-    """What --bos says: an id, None, or TOKENIZERS for the id of the tokenizer's <bos>; one the model knows."""
+    """What --bos says: None, a token id that the model knows, or TOKENIZERS for that of <bos>."""
     known = model.get_input_embeddings().num_embeddings
     found = tokenizer.bos_token_id if bos == TOKENIZERS else bos
     if bos is not None and (found is None or found >= known):
@@ -249,6 +249,13 @@ def load_model(name, device, dtype, device_map=None, **options):
     return model, tokenizer
 
 
+def load_named(args):
+    """`load_model` of the flags of `add_model_flags`."""
+    device = pick_device(args.device)
+    return load_model(args.model, device, pick_dtype(args.dtype, device), args.device_map,
+                      revision=args.revision, trust_remote_code=args.trust_remote_code)
+
+
 def load_dense(name, **options):
     """from_pretrained, which must not invent a tensor."""
     from transformers import AutoModelForCausalLM
@@ -306,12 +313,21 @@ def longest_input(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_windows(model, flags):
-    """Refuse windows longer than the model reads: flags is {flag: tokens}."""
+def check_window(model, flag, seqlen):
+    """Refuse a window longer than the model reads."""
     longest = longest_input(model)
-    for flag, seqlen in flags.items():
-        if longest and seqlen > longest:
-            raise UserError(f"{flag} {seqlen}: this model reads at most {longest} tokens at a time")
+    if longest and seqlen > longest:
+        raise UserError(f"{flag} {seqlen}: this model reads at most {longest} tokens at a time")
+
+
+def scored_windows(model, seqlen, stride, flags="--"):
+    """(seqlen, stride) of a perplexity, with defaults for None. flags: how the two flags begin."""
+    seqlen = seqlen or min(longest_input(model) or 2048, 2048)
+    check_window(model, f"{flags}seqlen", seqlen)
+    stride = stride or seqlen
+    if stride > seqlen:
+        raise UserError(f"{flags}stride {stride} is longer than the window of {seqlen}: it would skip text")
+    return seqlen, stride
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -450,21 +466,15 @@ def main():
     add("--blocks", type=whole(1), help="score only the first so many windows (default: all)")
     add_bos_flag(parser)
     args = parser.parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    model, tokenizer = load_model(args.model, device, dtype, args.device_map, revision=args.revision,
-                                  trust_remote_code=args.trust_remote_code)
-    seqlen = args.seqlen or min(longest_input(model) or 2048, 2048)
-    stride = args.stride or seqlen
-    if stride > seqlen:
-        raise UserError(f"--stride {stride} is longer than the window, {seqlen} tokens: it would skip text")
-    check_windows(model, {"--seqlen": seqlen})
+    model, tokenizer = load_named(args)
+    seqlen, stride = scored_windows(model, args.seqlen, args.stride)
     data = args.eval or default_text(args.model)
     ids = load_tokens(model, tokenizer, data, "test", seqlen)
     bos = first_token(model, tokenizer, args.bos)
     result = perplexity(model, ids, seqlen, stride, args.blocks, bos, bar)
     say(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split "
-        f"test, seqlen {seqlen}, stride {stride}, bos {bos}, tokens {result.tokens}, dtype {str(dtype)[6:]})")
+        f"test, seqlen {seqlen}, stride {stride}, bos {bos}, tokens {result.tokens}, dtype "
+        f"{str(model.dtype)[6:]})")
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # load and save stand here for whoever imports this module
-from soco import (KINDS, LR, PACKERS, CannotCompress, Report, adam, add_run_flags, as_the_first, average, bar,
-                  block_layers, check_inputs, check_run, dense_like, distil, free_memory, frozen,
-                  input_device, install, keep_source, load, matrix, measured, out_folders, read_inputs,
-                  sample_batches, save, swap, swapped)
+from soco import (KINDS, LR, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
+                  block_layers, check_inputs, dense_like, free_memory, frozen, input_device, install,
+                  keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches, save,
+                  swapped, train)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -583,17 +583,8 @@ def learn_gains(model, drafts, batches, ratio, first, until, lr=LR, progress=Fal
     gains = [gain for draft in drafts for gain in (draft.a, draft.c)]
     for gain in gains:
         gain.grad = torch.zeros_like(gain)
-    optimizer, schedule = adam([{"params": gains, "lr": lr * ratio}], until - first, FALLING)
-    students = {draft.layer: draft for draft in drafts}
-    with swapped(model, students), frozen(model, checkpointing=True), torch.enable_grad():
-        for gain in gains:
-            gain.requires_grad_(True)
-        for step in (steps_bar := bar(range(first, until), progress, desc="learn the gains", unit="step")):
-            ids = batches[step % len(batches)].to(input_device(model))
-            loss = distil(model, drafts, gains, optimizer, ids, f"{step + 1} of {until}")
-            schedule.step()
-            if progress:
-                steps_bar.set_postfix(loss=loss.item())
+    students, groups = {draft.layer: draft for draft in drafts}, [{"params": gains, "lr": lr * ratio}]
+    train(model, students, "ac", groups, batches, range(first, until), FALLING, progress=progress)
 
 
 # ---- the baselines, and the command ----------------------------------------------------------------
@@ -612,6 +603,11 @@ def wanda(W, G, ratio):
     return torch.zeros_like(W).scatter(1, top, W.gather(1, top))
 
 
+def pruned(layer, prune, G, ratio):
+    """A dense layer of prune(W, G, ratio)."""
+    return dense_like(layer, prune(matrix(layer).float(), G.to(layer.weight.device), ratio), layer.bias)
+
+
 def main():
     from eval_ppl import Parser, UserError, between, whole
     parser = Parser(__doc__)
@@ -626,11 +622,10 @@ def main():
     args = parser.parse_args()
     if args.estimator == "policy" and len(args.ratio) > 1:
         raise UserError(f"--ratio {args.ratio}: the policy learns for one; give one, or --estimator metric")
-    device, dtype = check_run(args)
     args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "cap", stack)
-        model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
+        model, tokenizer, calibration, evaluation = read_inputs(args)
         layers, batches = block_layers(model), sample_batches(calibration, args, args.metric_batches)
         for ratio in args.ratio:
             check(batches, ratio, args.steps, args.estimator, args.rank_share, args.rounds)
@@ -642,7 +637,7 @@ def main():
 
         def prune_one(layer, metric):
             for (_, prune, ratio), new in baselines.items():
-                new[layer] = dense_like(layer, prune(matrix(layer).float(), metric.G, ratio), layer.bias)
+                new[layer] = pruned(layer, prune, metric.G, ratio)
 
         with report.clock("metric"):
             drafts = drafted(model, layers, batches, not args.no_scale, progress=True, visit=prune_one)
@@ -654,14 +649,7 @@ def main():
                 set_ranks(drafts, args.ratio[-1], args.rank_share, progress=True)
         run = prune_down(model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
                           not args.no_refit, lr=args.lr, seed=args.seed, progress=True)
-        for ratio in args.ratio:
-            with report.clock("stage 2 and gains"):
-                steps, new = next(run)
-            install(model, "cap", layers, new)
-            report.score("compressed", f"CAP, {args.estimator}, {steps} steps", ratio)
-            report.write(places.get(ratio), ratio, tokenizer)
-            swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
-            del new
+        report.write_each(run, f"CAP, {args.estimator}", layers, places, tokenizer)
 
 
 if __name__ == "__main__":

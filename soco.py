@@ -702,29 +702,23 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, learned=LEARNE
     what `budget`, in parameters, keeps. lr: Adam's rate, times the share that is removed; half of it for
     d. start: what is kept at the start (default: all). The model itself is left as it was.
     """
-    learned = [name for name in LEARNED if name in learned]
-    parameters, tensors = int((spectrum.m * spectrum.n).sum()), [getattr(spectrum, name) for name in learned]
+    learned, stage = [name for name in LEARNED if name in learned], None
+    parameters = int((spectrum.m * spectrum.n).sum())
     rate = lr * (1 - budget / parameters)
-    rates = [{"params": [tensor], "lr": rate / 2 if tensor is spectrum.d else rate} for tensor in tensors]
-    optimizer, schedule = adam(rates, steps, falling=stages[2])
-    stage = None
-    with swapped(model, scored), frozen(model, checkpointing=True), torch.enable_grad():
-        for student in spectrum.layers:
-            for name in learned:
-                getattr(student, name).requires_grad_(True)
-        for step in (steps_bar := bar(range(steps), progress, desc="learn", unit="step")):
-            before = stage
-            stage, target = stage_and_target(step, steps, stages, start or parameters, budget)
-            if stage != before or (stage != "polarise" and step % max(steps // 20, 1) == 0):
-                pool = target if stage == "polarise" else min(POOL * target, parameters)
-                spectrum.shrink(pool, optimizer)  # what is outside the pool cannot come back
-            if stage != before or stage != "polarise":
-                spectrum.keep_best(target)
-            ids = batches[step % len(batches)].to(input_device(model))
-            loss = distil(model, spectrum.layers, tensors, optimizer, ids, f"{step + 1} of {steps}")
-            schedule.step()
-            if progress:
-                steps_bar.set_postfix(stage=stage, kept=target / parameters, loss=loss.item())
+    groups = [{"params": [getattr(spectrum, name)], "lr": rate / 2 if name == "d" else rate}
+              for name in learned]
+
+    def set_masks(step, optimizer):
+        nonlocal stage
+        before, (stage, target) = stage, stage_and_target(step, steps, stages, start or parameters, budget)
+        if stage != before or (stage != "polarise" and step % max(steps // 20, 1) == 0):
+            pool = target if stage == "polarise" else min(POOL * target, parameters)
+            spectrum.shrink(pool, optimizer)  # what is outside the pool cannot come back
+        if stage != before or stage != "polarise":
+            spectrum.keep_best(target)
+        return {"stage": stage, "kept": target / parameters}
+
+    train(model, scored, learned, groups, batches, range(steps), stages[2], set_masks, progress)
     if stage != "polarise":
         spectrum.keep_best(budget)
 
@@ -741,29 +735,44 @@ def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, lear
         done, start = until, budget
 
 
-def adam(groups, steps, falling):
-    """(optimizer, schedule): Adam for `groups` of parameters and their rates, which rise over five steps, are
-    held, and fall to zero over the last part `falling` of `steps`."""
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 5, 1.0, (1 - step / max(steps, 1)) / max(falling, 1e-9)))
+def train(model, students, learned, groups, batches, steps, falling, before_step=lambda *_: {},
+          progress=False):
+    """Train what is `learned` of `students` {dense layer: what stands for it in the model}, to keep KL(dense
+    || compressed) small on `batches` of token ids [batch, length], one a step.
 
-
-def distil(model, students, tensors, optimizer, ids, at):
-    """One step of training `tensors` of the `students` that stand in the model for its dense layers: returns
-    KL(dense || compressed), detached, on token ids [batch, length]. Raises FloatingPointError; `at` says
-    which step it was.
+    groups: of the tensors that Adam moves, which the learned parameters are or are views of, and their rates;
+    these rise over the first five of the range `steps`, are held, and fall to zero over its last part
+    `falling`. before_step(step, optimizer) returns words for the progress bar. Raises FloatingPointError for
+    a loss or a gradient that is not finite. The model itself is left as it was.
     """
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(
+        (done + 1) / 5, 1.0, (1 - done / max(len(steps), 1)) / max(falling, 1e-9)))
+    with swapped(model, students), frozen(model, checkpointing=True), torch.enable_grad():
+        for student, name in itertools.product(students.values(), learned):
+            getattr(student, name).requires_grad_(True)
+        for step in (shown := bar(steps, progress, desc="learn", unit="step")):
+            words = before_step(step, optimizer)
+            optimizer.zero_grad(set_to_none=False)
+            loss = distil(model, students.values(), batches[step % len(batches)].to(input_device(model)))
+            average(loss, *(tensor.grad for tensor in tensors))
+            if not torch.stack([loss, *(tensor.grad.sum().to(loss) for tensor in tensors)]).isfinite().all():
+                raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step "
+                                         f"{step + 1} of {steps.stop}: lower the learning rate, --lr, or use "
+                                         f"--dtype float32 or bfloat16")
+            optimizer.step()
+            schedule.step()
+            if progress:
+                shown.set_postfix(loss=loss.item(), **words)
+
+
+def distil(model, students, ids):
+    """KL(dense || compressed) on token ids [batch, length], detached; its gradient is added to the leaves."""
     logits = teacher(model, students, ids)
     loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
-    optimizer.zero_grad(set_to_none=False)
     (loss * ids.numel()).backward()                  # Adam does not see the factor; float16 needs it
-    average(loss := loss.detach(), *(tensor.grad for tensor in tensors))
-    if not torch.stack([loss, *(tensor.grad.sum().to(loss) for tensor in tensors)]).isfinite().all():
-        raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step {at}: "
-                                 f"lower the learning rate, --lr, or use --dtype float32 or bfloat16")
-    optimizer.step()
-    return loss
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -1035,9 +1044,9 @@ def add_run_flags(parser, steps=STEPS):
                       "fresh one under out/)")
 
 
-def check_run(args):
-    """The device and dtype of a run; fills in defaults and refuses flags that cannot be met together."""
-    from eval_ppl import UserError, default_text, pick_device, pick_dtype
+def check_flags(args):
+    """Fill in defaults of a run, and refuse flags that cannot be met together."""
+    from eval_ppl import UserError, default_text
     args.calib, args.eval = args.calib or default_text(args.model), args.eval or default_text(args.model)
     calib, scored = Path(args.calib), Path(args.eval)
     if calib.is_file() and scored.is_file() and calib.samefile(scored) and not args.same_text:
@@ -1049,28 +1058,22 @@ def check_run(args):
     if not re.fullmatch(r"[1-9]\d{0,4}", processes) or args.batch_size % int(processes):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared out among WORLD_SIZE={processes} "
                         f"processes: give a multiple")
-    device = pick_device(args.device)
-    return device, pick_dtype(args.dtype, device)
 
 
-def read_inputs(args, device, dtype):
+def read_inputs(args):
     """The model, its tokenizer, and the token ids of the text to learn from and of the text to score."""
-    from eval_ppl import UserError, check_windows, first_token, load_model, load_tokens, longest_input
-    model, tokenizer = load_model(args.model, device, dtype, args.device_map, revision=args.revision,
-                                  trust_remote_code=args.trust_remote_code)
-    args.eval_seqlen = args.eval_seqlen or min(longest_input(model) or 2048, 2048)
-    args.eval_stride = args.eval_stride or args.eval_seqlen
-    if args.eval_stride > args.eval_seqlen:
-        raise UserError(f"--eval-stride {args.eval_stride} is longer than --eval-seqlen {args.eval_seqlen}: "
-                        f"it would skip text")
-    check_windows(model, {"--seqlen": args.seqlen, "--eval-seqlen": args.eval_seqlen})
+    from eval_ppl import check_window, first_token, load_named, load_tokens, scored_windows
+    check_flags(args)
+    model, tokenizer = load_named(args)
+    args.eval_seqlen, args.eval_stride = scored_windows(model, args.eval_seqlen, args.eval_stride, "--eval-")
+    check_window(model, "--seqlen", args.seqlen)
     args.bos = first_token(model, tokenizer, args.bos)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     evaluation = load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
     calibration = load_tokens(model, tokenizer, args.calib, "train", args.seqlen)
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     return model, tokenizer, calibration, evaluation
 
@@ -1148,6 +1151,17 @@ class Report:
         self.rows[key, ratio] = {"label": label, "ppl": ppl, "nll": nll, "kept": kept, "gap": gap}
         label = label if ratio is None or len(args.ratio) == 1 else f"{ratio:g}: {label}"
         say(f"{label:40} {ppl:12.2f} {gap:9.4f} {kept:14,} {size / 1e6:10.1f}")
+
+    def write_each(self, run, name, layers, places, tokenizer):
+        """At each ratio, score and write what `run` gives: (steps so far, {dense layer: layer to store})."""
+        for ratio in self.args.ratio:
+            with self.clock("choose and learn"):
+                steps, new = next(run)
+            install(self.model, self.method, layers, new)
+            self.score("compressed", f"{name}, {steps} steps", ratio)
+            self.write(places.get(ratio), ratio, tokenizer)
+            swap(self.model, {new[layer]: layer for layer in new})    # the dense layers, for the next ratio
+            del new
 
     def write(self, place, ratio, tokenizer):
         """Save the compressed model, tokenizer, metrics.json and card; print where, and what it keeps."""
@@ -1271,7 +1285,7 @@ def score_unlearned(report, basis, layers, scored, spectrum, ratio):
 
 
 def main():
-    from eval_ppl import Parser, between, whole
+    from eval_ppl import Parser, whole
     parser = Parser(__doc__)
     add_run_flags(parser)
     add = parser.add_argument
@@ -1280,11 +1294,10 @@ def main():
     add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: scores, gains of"
         " outputs and of inputs, offsets (the paper: scores and a deviation)")
     args = parser.parse_args()
-    device, dtype = check_run(args)
     args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "soco", stack)
-        model, tokenizer, calibration, evaluation = read_inputs(args, device, dtype)
+        model, tokenizer, calibration, evaluation = read_inputs(args)
         layers = block_layers(model)
         batches = sample_batches(calibration, args, max(args.steps, args.metric_batches))
         for ratio in args.ratio:
@@ -1312,14 +1325,7 @@ def main():
 
         run = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr,
                          args.learn, progress=True)
-        for ratio in args.ratio:
-            with report.clock("learn"):
-                steps, new = next(run)
-            install(model, "soco", layers, new)
-            report.score("compressed", f"SoCo, {steps} steps", ratio)
-            report.write(places.get(ratio), ratio, tokenizer)
-            swap(model, {new[layer]: layer for layer in new})         # the dense layers, for the next ratio
-            del new
+        report.write_each(run, "SoCo", layers, places, tokenizer)
 
 
 if __name__ == "__main__":

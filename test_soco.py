@@ -955,7 +955,7 @@ PASTED = {
     "LowRankPlusSparse": ("", "x = torch.eye(3); layer = LowRankPlusSparse(3, 2, 0, 2, bias=False); "
                           "layer.load_state_dict({'values': torch.ones(2), 'weight': torch.ones(1), "
                           "'mask': torch.tensor([34]).byte()}); layer.unpack(); same(layer(x), x[:, 1:])"),
-    "perplexity": ("Perplexity", "same(torch.tensor(perplexity(model, ids, 16).nll), "
+    "perplexity": ("Perplexity begun", "same(torch.tensor(perplexity(model, ids, 16).nll), "
                    "model(ids[None], labels=ids[None]).loss)"),
 }
 
@@ -1479,8 +1479,8 @@ BAD = {
 --bos|--bos -1|--bos 64|WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
     "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--basis plain|--estimator luck
 --ratio 0.5 0.3|--out {bad}/newer|--calib {bad}/short|--metric-batches 200000000""",
-    "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--bos|--bos 64|--blocks 0|--blocks=--|--eval {bad}/short
---device tpu9|--eval {bad}/binary|--model no/such/folder|--model {bad}/newer|--model {bad}/strange"""}
+    "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--blocks 0|--blocks=--|--eval {bad}/short
+--bos|--bos 64|--device tpu9|--eval {bad}/binary|--model no/such/folder|--model {bad}/newer|--model {bad}/strange"""}
 LINES = [(script, line) for script in BAD for line in re.split(r"[|\n]", BAD[script])]
 LINES += [(script, "--model {bad}/" + name) for name in BROKEN for script in ("rpca.py", "eval_ppl.py")]
 LINES += [("soco.py", "--device cpu\n")]

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rpca
 import soco
-from bench.baselines import magnitude, oats, prune_all, sparsegpt, wanda
+from bench.baselines import oats, sparsegpt
 from eval_ppl import Parser, UserError, perplexity, run, say
 
 
@@ -33,7 +33,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.steps = args, round(soco.STEPS * args.ratio[-1]) if args.steps is None else args.steps
-        self.model, _, calibration, self.evaluation = soco.read_inputs(args, *soco.check_run(args))
+        self.model, _, calibration, self.evaluation = soco.read_inputs(args)
         self.batches = soco.sample_batches(calibration, args, max(self.steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]
         self.inputs = self.model, soco.block_layers(self.model), self.measured_on
@@ -88,7 +88,7 @@ class Bench:
         return next(new for at, (_, new) in self.runs[method] if at == ratio)
 
     def pruned(self, ratio, prune):
-        return prune_all(prune, self.drafts(), ratio)
+        return {draft.layer: rpca.pruned(draft.layer, prune, draft.G, ratio) for draft in self.drafts()}
 
     def svd(self, ratio, basis):
         """The first components of every matrix, as many as `ratio` leaves of it."""
@@ -129,7 +129,7 @@ def same_share_of_rows(drafts, count):
 
 SVD = {"whitened SVD, same share": ("svd", {"basis": "whitened"})}
 PRUNED = {name: ("pruned", {"prune": prune})
-          for name, prune in [("Wanda", wanda), ("magnitude", magnitude), ("SparseGPT", sparsegpt)]}
+          for name, prune in [("Wanda", rpca.wanda), ("magnitude", rpca.magnitude), ("SparseGPT", sparsegpt)]}
 SOCO = {
     "full method": {}, "no learning": {"steps": 0}, "rank multiple 1": {"group": 1},
     "price sigma^2 (K-FAC)": {"replace": {"set_prices": lambda *_: None}},

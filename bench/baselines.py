@@ -5,18 +5,6 @@ the papers each block sees the outputs of the pruned blocks before it).
 """
 import torch
 
-from rpca import magnitude, wanda
-from soco import dense_like, matrix
-
-
-def prune_all(prune, drafts, ratio):
-    """{layer: dense layer} of prune(W, G, ratio), from the layer and the G of every rpca.Draft."""
-    pruned = {}
-    for draft in drafts:
-        W = prune(matrix(draft.layer).float(), draft.G.to(draft.rows.device), ratio)
-        pruned[draft.layer] = dense_like(draft.layer, W, draft.layer.bias)
-    return pruned
-
 
 def share(ratio, count):
     """(1 - ratio) count, rounded down; 1 - 0.9 is a little less than 0.1."""

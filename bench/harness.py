@@ -49,10 +49,7 @@ def main():
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    device, metrics = eval_ppl.pick_device(args.device), Path(args.model, "metrics.json")
-    model, tokenizer = eval_ppl.load_model(
-        args.model, device, eval_ppl.pick_dtype(args.dtype, device), args.device_map, revision=args.revision,
-        trust_remote_code=args.trust_remote_code)
+    model, tokenizer, metrics = *eval_ppl.load_named(args), Path(args.model, "metrics.json")
     data = args.eval or eval_ppl.default_text(args.model)
     if metrics.is_file() and not args.eval:
         data = json.loads(metrics.read_text())["eval"]["data"]
