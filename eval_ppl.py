@@ -7,9 +7,9 @@
 Protocol. The text is tokenised in one piece and cut into non-overlapping blocks of `seqlen` tokens; the tail
 is dropped; each block is scored alone, its first token not scored; one sum of nats over one count of tokens.
 With a stride smaller than `seqlen`, windows overlap and every token is scored once, with all the context its
-window gives it (the sliding window of the transformers documentation). With --bos the first token of every
-window gives its place to the tokenizer's <bos>, as in llama.cpp: Gemma goes astray without. Perplexities of
-different protocols, texts or tokenisers do not compare.
+window gives it (the sliding window of the transformers documentation). With --bos a token, by itself the
+tokenizer's <bos>, takes the place of every window's first (llama.cpp puts it there too), for models that have
+always seen it, such as Gemma. Perplexities of different protocols, texts or tokenisers do not compare.
 
 soco.py and rpca.py take from here the texts, the loading of a model and the conventions of the command line.
 """
@@ -51,12 +51,12 @@ class Perplexity(NamedTuple):
 
 
 @torch.no_grad()
-def perplexity(model, ids, seqlen, stride=None, blocks=None, bos=None, progress=lambda batches: batches):
+def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda batches: batches, bos=None):
     """exp of the mean negative log-likelihood of `ids` [tokens], in windows of `seqlen` tokens.
 
     stride: tokens from one window to the next (default seqlen: blocks that share nothing). blocks: score only
-    the first so many windows. bos: a token to stand in place of the first of every window. progress: wraps
-    the iterable of batches, as tqdm does. The model is left in the mode, module by module, in which it was.
+    the first so many windows. progress: wraps the iterable of batches, as tqdm does. bos: a token to stand in
+    place of the first of every window. The model is left in the mode, module by module, in which it was.
     Raises ValueError when there is not one whole window, FloatingPointError when the result is not finite.
     """
     stride = stride or seqlen
@@ -179,13 +179,14 @@ def load_tokens(model, tokenizer, name, split, seqlen):
 
 
 def first_token(model, tokenizer, bos):
-    """What --bos says: None, a token id that the model knows, or TOKENIZERS for that of <bos>."""
+    """The token id that --bos means: None without it, the tokenizer's <bos> for OWN_BOS."""
+    if bos == OWN_BOS and tokenizer.bos_token_id is None:
+        raise UserError("--bos: the tokenizer has no <bos>: give the id of a token, or leave it out")
+    bos = tokenizer.bos_token_id if bos == OWN_BOS else bos
     known = model.get_input_embeddings().num_embeddings
-    found = tokenizer.bos_token_id if bos == TOKENIZERS else bos
-    if bos is not None and (found is None or found >= known):
-        raise UserError(f"--bos: token {found} is none of the {known} that the model knows: give an id, "
-                        f"or leave it out")
-    return found
+    if bos is not None and bos >= known:
+        raise UserError(f"--bos {bos}: the model knows {known} tokens: give one of them, or leave it out")
+    return bos
 
 
 # ---- models -----------------------------------------------------------------------------------
@@ -320,13 +321,13 @@ def check_window(model, flag, seqlen):
         raise UserError(f"{flag} {seqlen}: this model reads at most {longest} tokens at a time")
 
 
-def scored_windows(model, seqlen, stride, flags="--"):
-    """(seqlen, stride) of a perplexity, with defaults for None. flags: how the two flags begin."""
+def scored_windows(model, seqlen, stride, prefix="--"):
+    """(seqlen, stride) of a perplexity, with defaults for None. prefix: of the two flags, for messages."""
     seqlen = seqlen or min(longest_input(model) or 2048, 2048)
-    check_window(model, f"{flags}seqlen", seqlen)
+    check_window(model, f"{prefix}seqlen", seqlen)
     stride = stride or seqlen
     if stride > seqlen:
-        raise UserError(f"{flags}stride {stride} is longer than the window of {seqlen}: it would skip text")
+        raise UserError(f"{prefix}stride {stride} is longer than the window of {seqlen}: it would skip text")
     return seqlen, stride
 
 
@@ -388,12 +389,13 @@ def add_model_flags(parser):
         help="of the weights; auto is bfloat16 on CUDA, else float32")
 
 
-TOKENIZERS = -1      # --bos without an id
+OWN_BOS = -1         # --bos without an id
 
 
 def add_bos_flag(parser):
-    parser.add_argument("--bos", nargs="?", type=whole(0), const=TOKENIZERS, metavar="ID", help="begin every "
-                        "window of text with this token, by default the tokenizer's <bos>")
+    parser.add_argument("--bos", nargs="?", type=whole(0), const=OWN_BOS, metavar="ID", help="token to stand "
+                        "in place of the first of every block of text; without ID the tokenizer's <bos> "
+                        "(default: the text as it is)")
 
 
 def default_text(model):
@@ -468,10 +470,9 @@ def main():
     args = parser.parse_args()
     model, tokenizer = load_named(args)
     seqlen, stride = scored_windows(model, args.seqlen, args.stride)
-    data = args.eval or default_text(args.model)
+    bos, data = first_token(model, tokenizer, args.bos), args.eval or default_text(args.model)
     ids = load_tokens(model, tokenizer, data, "test", seqlen)
-    bos = first_token(model, tokenizer, args.bos)
-    result = perplexity(model, ids, seqlen, stride, args.blocks, bos, bar)
+    result = perplexity(model, ids, seqlen, stride, args.blocks, bar, bos)
     say(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split "
         f"test, seqlen {seqlen}, stride {stride}, bos {bos}, tokens {result.tokens}, dtype "
         f"{str(model.dtype)[6:]})")

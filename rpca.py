@@ -39,9 +39,9 @@ import torch.nn.functional as F
 
 # load and save stand here for whoever imports this module
 from soco import (KINDS, LR, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
-                  block_layers, check_inputs, dense_like, free_memory, frozen, input_device, install,
-                  keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches, save,
-                  swapped, train)
+                  block_layers, check_flags, check_inputs, dense_like, free_memory, frozen, input_device,
+                  install, keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches,
+                  save, swapped, train)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -622,6 +622,7 @@ def main():
     args = parser.parse_args()
     if args.estimator == "policy" and len(args.ratio) > 1:
         raise UserError(f"--ratio {args.ratio}: the policy learns for one; give one, or --estimator metric")
+    check_flags(args)
     args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "cap", stack)

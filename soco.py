@@ -737,13 +737,14 @@ def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, lear
 
 def train(model, students, learned, groups, batches, steps, falling, before_step=lambda *_: {},
           progress=False):
-    """Train what is `learned` of `students` {dense layer: what stands for it in the model}, to keep KL(dense
-    || compressed) small on `batches` of token ids [batch, length], one a step.
+    """Train `students` {dense layer: what stands for it in the model} to keep KL(dense || compressed) small
+    on `batches` of token ids [batch, length]. The model itself is left as it was.
 
-    groups: of the tensors that Adam moves, which the learned parameters are or are views of, and their rates;
-    these rise over the first five of the range `steps`, are held, and fall to zero over its last part
+    learned: names of the students' parameters that get gradients; they are, or are views of, the tensors of
+    `groups`, which Adam moves, and which have a .grad. steps: a range; step i reads batch i, and begins anew
+    after the last. Adam's rates rise over the first five steps, are held, and fall to zero over the last part
     `falling`. before_step(step, optimizer) returns words for the progress bar. Raises FloatingPointError for
-    a loss or a gradient that is not finite. The model itself is left as it was.
+    a loss or a gradient that is not finite.
     """
     tensors = [tensor for group in groups for tensor in group["params"]]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
@@ -768,7 +769,8 @@ def train(model, students, learned, groups, batches, steps, falling, before_step
 
 
 def distil(model, students, ids):
-    """KL(dense || compressed) on token ids [batch, length], detached; its gradient is added to the leaves."""
+    """KL(dense || compressed) on token ids [batch, length], detached; its gradient, times the number of
+    tokens, is added to .grad of what is learned."""
     logits = teacher(model, students, ids)
     loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
     (loss * ids.numel()).backward()                  # Adam does not see the factor; float16 needs it
@@ -1045,8 +1047,9 @@ def add_run_flags(parser, steps=STEPS):
 
 
 def check_flags(args):
-    """Fill in defaults of a run, and refuse flags that cannot be met together."""
-    from eval_ppl import UserError, default_text
+    """Fill in defaults of a run, and refuse flags that cannot be met."""
+    from eval_ppl import UserError, default_text, pick_device
+    pick_device(args.device)
     args.calib, args.eval = args.calib or default_text(args.model), args.eval or default_text(args.model)
     calib, scored = Path(args.calib), Path(args.eval)
     if calib.is_file() and scored.is_file() and calib.samefile(scored) and not args.same_text:
@@ -1061,9 +1064,9 @@ def check_flags(args):
 
 
 def read_inputs(args):
-    """The model, its tokenizer, and the token ids of the text to learn from and of the text to score."""
+    """The model, its tokenizer, and the token ids of the text to learn from and of the text to score. Fills
+    in what only the model tells of `args`, joins the processes, and seeds."""
     from eval_ppl import check_window, first_token, load_named, load_tokens, scored_windows
-    check_flags(args)
     model, tokenizer = load_named(args)
     args.eval_seqlen, args.eval_stride = scored_windows(model, args.eval_seqlen, args.eval_stride, "--eval-")
     check_window(model, "--seqlen", args.seqlen)
@@ -1080,13 +1083,13 @@ def read_inputs(args):
 
 def sample_batches(ids, args, count):
     """`count` batches [batch, seqlen] of blocks of a text's ids [tokens], without overlap, in random order,
-    repeated when the text has fewer; the same first ones whatever the count. Of several processes, each gets
-    its own rows."""
+    repeated when the text has fewer; the same first ones whatever the count; args.bos, if there is one, in
+    place of the first token of each. Of several processes, each gets its own rows."""
     from eval_ppl import begun
-    blocks = ids[:len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen)
+    blocks = begun(ids[:len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen), args.bos)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(args.seed), device="cpu")
     wanted = count * args.batch_size
-    blocks = begun(blocks[order.repeat(wanted // len(blocks) + 1)[:wanted]], args.bos)
+    blocks = blocks[order.repeat(wanted // len(blocks) + 1)[:wanted]]
     rank, processes = process()
     return [batch[rank::processes] for batch in blocks.split(args.batch_size)]
 
@@ -1135,7 +1138,7 @@ class Report:
         with self.clock("eval"), swapped(self.model, new):
             try:
                 ppl, nll, tokens = perplexity(self.model, self.evaluation, args.eval_seqlen, args.eval_stride,
-                                              args.eval_blocks, args.bos, progress)
+                                              args.eval_blocks, progress, args.bos)
             except FloatingPointError as error:
                 raise UserError(f"--model {args.model}, {label}: {error}") from error
             kept, size = block_parameters(self.model, self.shapes, pruned)
@@ -1294,6 +1297,7 @@ def main():
     add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: scores, gains of"
         " outputs and of inputs, offsets (the paper: scores and a deviation)")
     args = parser.parse_args()
+    check_flags(args)
     args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
     with contextlib.ExitStack() as stack:
         places = out_folders(args, "soco", stack)

@@ -98,7 +98,7 @@ MODELS = [tiny_gpt2, tiny_llama]
 def tiny_tokenizer():
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w0", bos_token="w63")
 
 
 def text(count, seed):
@@ -810,7 +810,7 @@ def test_perplexity_scores_every_token_once_with_all_the_context_of_its_window(s
             window[0, 0] = window[0, 0] if bos is None else bos
             found = logits(model, window.to(device))[0, -1]
             nats.append(-found.log_softmax(-1)[ids[t]].item())
-    result = perplexity(model, ids, 16, stride, blocks, bos)
+    result = perplexity(model, ids, 16, stride, blocks, bos=bos)
     assert result.tokens == len(nats) and result.nll == pytest.approx(sum(nats) / len(nats), rel=1e-5)
     assert result.ppl == pytest.approx(math.exp(result.nll), rel=1e-12)
     for none_whole in ((51, None), (1, None), (16, 17), (16, -1)):
@@ -832,6 +832,15 @@ def test_batches_are_pieces_of_the_text_in_an_order_the_seed_decides():
     assert not torch.equal(sample(ids, 4, seed=1), batches)
     begun = sample(ids, 4, bos=200)
     assert begun[..., 0].eq(200).all() and torch.equal(begun[..., 1:], batches[..., 1:])
+
+
+def test_bos_is_a_token_of_the_tokenizer_and_the_model():
+    model, tokenizer = tiny_gpt2(), tiny_tokenizer()
+    for bos, expected in ((None, None), (7, 7), (eval_ppl.OWN_BOS, 63)):
+        assert eval_ppl.first_token(model, tokenizer, bos) == expected
+    tokenizer.bos_token = None
+    with pytest.raises(eval_ppl.UserError, match="--bos: .* no <bos>"):
+        eval_ppl.first_token(model, tokenizer, eval_ppl.OWN_BOS)
 
 
 def test_texts_are_read_and_encoded_whole(tmp_path, monkeypatch):
@@ -1404,7 +1413,7 @@ def test_help_shows_every_flag(script, command):
 
 @pytest.mark.parametrize("script", ["soco.py", "rpca.py"])
 def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(script, command, tmp_path):
-    line = "--no-baselines --ratio 0.3 0.5 --seed 3 --eval-seqlen 16 --eval-stride 8 --bos 5 --out 1"
+    line = "--no-baselines --ratio 0.3 0.5 --seed 3 --eval-seqlen 16 --eval-stride 8 --bos --out 1"
     line += " --device-map cpu" if importlib.util.find_spec("accelerate") else ""
     assert command(script, line)[::2] == (0, "")
     assert {path.name for path in tmp_path.glob("1/*")} == {"0.3", "0.5"}
@@ -1412,7 +1421,7 @@ def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(scri
         report = metrics(tmp_path / "1" / str(ratio))
         assert report["ratio"] == ratio and report["ppl"].keys() == {"dense", "compressed"}
         assert (0.9 - ratio) < report["kept_params"] / report["compressible_params"] <= 1 - ratio
-        found = perplexity(load(tmp_path / "1" / str(ratio)), tokens(1000, seed=1), 16, 8, 3, bos=5).ppl
+        found = perplexity(load(tmp_path / "1" / str(ratio)), tokens(1000, seed=1), 16, 8, 3, bos=63).ppl
         assert found == pytest.approx(report["ppl"]["compressed"], rel=1e-4)
     words = ["--ratio", "0.3", "0.5", "--eval", report["eval"]["data"], "--out", "two"]
     for flag in {*FLAGS[script].split()} - {"ratio", "eval", "out"}:
@@ -1469,23 +1478,26 @@ def bad(house, saved, tmp_path_factory):
 
 BAD = {
     "soco.py": """--ratio 0|--ratio 1|--ratio -0.5|--ratio nan|--ratio abc|--ratio|--ratio 0.5 0.3
---ratio 0.99|--rati 0.5|--batch-size 200000000|--metric-batches 200000000|--seqlen=--|--seqlen 1e3
---steps=--|--batch-size 0|--seqlen 65|--eval-seqlen 65|--eval-stride 65|--eval-blocks 0|--seed x
---seed 99999999999999999999|--steps -1|--device tpu9|--device meta|--device cuda:99|--device-map nowhere
---device-map {|--steps 1.5|--dtype float12|--lr 0|--basis diagonal|--rank-multiple 0|--rounds 3
---pattern 2:4|--overwrite|--out {bad}/newer|--out {bad}/short|--out {bad}/short/new|--calib {bad}/short
---eval {bad}/short|--calib {bad}/nowhere|--calib {bad}/binary|--calib {bad}/empty|--calib wikitext2
---eval {house}/train|--model nobody/none|--model no/such/folder|--model {bad}/compressed|--model {bad}/empty
---bos|--bos -1|--bos 64|WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
+--out x --ratio 0.4 0.4|--ratio 0.99|--rati 0.5|--batch-size 200000000|--metric-batches 200000000
+--seqlen=--|--seqlen 1e3|--steps=--|--batch-size 0|--seqlen 65|--eval-seqlen 65|--eval-stride 65
+--eval-blocks 0|--seed x|--seed 99999999999999999999|--steps -1|--device tpu9|--device meta|--device cuda:99
+--device-map nowhere|--device-map {|--steps 1.5|--dtype float12|--lr 0|--basis diagonal
+--rank-multiple 0|--rounds 3|--pattern 2:4|--overwrite|--out {bad}/newer|--out {bad}/short
+--out {bad}/short/new|--calib {bad}/short|--eval {bad}/short|--calib {bad}/nowhere
+--calib {bad}/binary|--calib {bad}/empty|--calib wikitext2|--eval {house}/train
+--model nobody/none|--model no/such/folder|--model {bad}/compressed|--model {bad}/empty
+--bos -1|--bos 64|WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
     "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--basis plain|--estimator luck
---ratio 0.5 0.3|--out {bad}/newer|--calib {bad}/short|--metric-batches 200000000""",
+--ratio 0.5 0.3|--out x --ratio 0.4 0.4|--out {bad}/newer|--calib {bad}/short
+--metric-batches 200000000""",
     "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--blocks 0|--blocks=--|--eval {bad}/short
---bos|--bos 64|--device tpu9|--eval {bad}/binary|--model no/such/folder|--model {bad}/newer|--model {bad}/strange"""}
+--bos 64|--device tpu9|--eval {bad}/binary|--model no/such/folder|--model {bad}/newer
+--model {bad}/strange"""}
 LINES = [(script, line) for script in BAD for line in re.split(r"[|\n]", BAD[script])]
 LINES += [(script, "--model {bad}/" + name) for name in BROKEN for script in ("rpca.py", "eval_ppl.py")]
 LINES += [("soco.py", "--device cpu\n")]
 NAMED = {"{": "--device-map", "beyond": "tokenizer gives token", "loud": "not finite", "negative": "block",
-         "blockless": "block"}               # what is named where it is not the last word of the value
+         "blockless": "block", "0.4": "must rise"}       # named, if not the last word
 
 
 @pytest.mark.parametrize("script, line", LINES, ids=[f"{script[:4]}-{line}" for script, line in LINES])

@@ -33,6 +33,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.steps = args, round(soco.STEPS * args.ratio[-1]) if args.steps is None else args.steps
+        soco.check_flags(args)
         self.model, _, calibration, self.evaluation = soco.read_inputs(args)
         self.batches = soco.sample_batches(calibration, args, max(self.steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]
@@ -99,7 +100,7 @@ class Bench:
         args = self.args
         with soco.swapped(self.model, new):
             ppl, nll, _ = perplexity(self.model, self.evaluation, args.eval_seqlen, args.eval_stride,
-                                     args.eval_blocks, args.bos)
+                                     args.eval_blocks, bos=args.bos)
         return {"ppl": ppl, "nll": nll}
 
 

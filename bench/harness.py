@@ -49,7 +49,8 @@ def main():
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    model, tokenizer, metrics = *eval_ppl.load_named(args), Path(args.model, "metrics.json")
+    model, tokenizer = eval_ppl.load_named(args)
+    metrics = Path(args.model, "metrics.json")
     data = args.eval or eval_ppl.default_text(args.model)
     if metrics.is_file() and not args.eval:
         data = json.loads(metrics.read_text())["eval"]["data"]

@@ -39,6 +39,7 @@ def main():
     soco.add_run_flags(parser)
     parser.add_argument("--matrices", type=whole(1), default=40, help="at most so many, evenly spread")
     args = parser.parse_args()
+    soco.check_flags(args)
     model, _, calibration, _ = soco.read_inputs(args)
     layers, scored, R = list(soco.block_layers(model).items()), {}, {}
     batches = soco.sample_batches(calibration, args, HELD_OUT + args.metric_batches)
