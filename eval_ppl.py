@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 BUNDLED = str(Path(__file__).resolve().parent / "demo")           # a small GPT-2 that needs no download
 
@@ -69,7 +70,9 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda bat
     try:
         for first in progress(range(0, len(starts), at_once)):
             some = starts[first:first + at_once]
-            windows = begun(torch.stack([ids[start:start + seqlen] for start in some]), bos).to(device)
+            windows = torch.stack([ids[start:start + seqlen] for start in some]).to(device)
+            if bos is not None:
+                windows[:, 0] = bos
             logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
             targets = windows[:, 1:].to(logits.device, copy=True)
             for start, logit, target in zip(some, logits, targets):
@@ -85,11 +88,6 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda bat
         raise FloatingPointError(f"perplexity is {nats}: the model's logits are not finite in {model.dtype}; "
                                  f"try --dtype float32")
     return Perplexity(math.exp(min(nats / tokens, 700)), nats / tokens, tokens)
-
-
-def begun(windows, bos):
-    """Windows [count, seqlen] of token ids, the first of each replaced by `bos` unless that is None."""
-    return windows if bos is None else F.pad(windows[:, 1:], (1, 0), value=bos)
 
 
 # ---- text -------------------------------------------------------------------------------------
@@ -193,14 +191,13 @@ def first_token(model, tokenizer, bos):
 
 def pick_device(name):
     """torch.device for auto (CUDA if there is one), cpu, cuda, cuda:1, ...; under torchrun, one a process."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):           # not mps: it has no float64
-        raise UserError(f"--device {name!r}: no such device; use cpu, cuda, cuda:N or auto")
-    if name in ("auto", "cuda") and (torch.cuda.is_available() or name == "cuda"):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device("cpu" if name == "auto" else name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                        f"use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]    # not mps: it has no float64
+    if name not in known:
+        raise UserError(f"--device {name!r}: no such device; use auto or one of {', '.join(known)}")
+    device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)                             # a first backward pass of its own:
         torch.ones(1, device=device, requires_grad=True).sum().backward()    # else cuBLAS warns of no context
@@ -209,9 +206,8 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """torch.dtype for auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
 
 
 def load_model(name, device, dtype, device_map=None, **options):
@@ -221,16 +217,10 @@ def load_model(name, device, dtype, device_map=None, **options):
     Raises UserError for what cannot be loaded.
     """
     from transformers import AutoTokenizer
-    load, where = check_folder(Path(name)) if Path(name).is_dir() else load_dense, {}
-    if device_map:
-        try:
-            where["device_map"] = json.loads(device_map) if device_map.startswith("{") else device_map
-        except ValueError as error:
-            raise UserError(f"--device-map {device_map}: not JSON ({error}); use auto, a device, or "
-                            f"{{\"module\": \"device\"}}") from error
     try:
+        load = check_folder(Path(name)) if Path(name).is_dir() else load_dense
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = load(name, dtype=dtype, **where, **options)
+        model = load(name, dtype=dtype, device_map=device_map, **options)
         model = model if device_map else model.to(device)
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -238,7 +228,8 @@ def load_model(name, device, dtype, device_map=None, **options):
         innermost = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(innermost).parent == Path(__file__).parent and not isinstance(error, (ValueError, OSError)):
             raise                                                 # ... but not a defect of ours
-        raise UserError(f"cannot load --model {name}: {reason(error)}; give a folder with config.json, "
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot load --model {name}: {why}; give a folder with config.json, "
                         f"model.safetensors and a tokenizer, or a hub id") from error
     blocks = [len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     if blocks and not any(blocks):
@@ -277,58 +268,27 @@ def check_folder(folder):
         index = folder / "model.safetensors.index.json"
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
         method = (config.get("compressed") or {}).get("method")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot load --model {folder}: config.json or the index of its weights is broken "
-                        f"({reason(error)}); give a folder that holds a transformers model") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"config.json or the index of its weights is broken ({error!r})") from error
     outside = [name for name in shards if not re.fullmatch(r"[^/\\]+\.safetensors", str(name))]
     outside += [config["transformers_weights"]] if config.get("transformers_weights") else []
     outside += ["adapter_config.json"] if (folder / "adapter_config.json").exists() else []
     if outside:
-        raise UserError(f"cannot load --model {folder}: it leads to {outside[0]}; only safetensors files in "
-                        f"the folder itself are read: mend or remove that")
+        raise ValueError(f"it leads to {outside[0]}; only safetensors files in the folder itself are read")
     if method is None:
         return load_dense
     try:
         return importlib.import_module({"soco": "soco", "cap": "rpca"}[method]).load
     except (KeyError, ImportError) as error:
-        raise UserError(f"--model {folder} was compressed by {method!r}: put soco.py and rpca.py beside "
-                        f"{Path(__file__).name}") from error
+        raise ValueError(f"compressed by {method!r}: put soco.py and rpca.py beside eval_ppl.py") from error
 
 
-def reason(error):
-    """One line that says why a model could not be loaded."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return "it is neither a folder nor a model on the hub"
-    offline = LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError
-    if any(isinstance(cause, offline) for cause in causes):
-        return "it is no folder, and the hub is out of reach"
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def longest_input(model):
-    """Tokens that a model reads at a time, or None if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def check_window(model, flag, seqlen):
-    """Refuse a window longer than the model reads."""
-    longest = longest_input(model)
-    if longest and seqlen > longest:
+def window(model, flag, seqlen):
+    """Tokens a window: `seqlen`, for None what the model reads, at most 2048. Refuses more than it reads."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and seqlen and seqlen > longest:
         raise UserError(f"{flag} {seqlen}: this model reads at most {longest} tokens at a time")
-
-
-def scored_windows(model, seqlen, stride, prefix="--"):
-    """(seqlen, stride) of a perplexity, with defaults for None. prefix: of the two flags, for messages."""
-    seqlen = seqlen or min(longest_input(model) or 2048, 2048)
-    check_window(model, f"{prefix}seqlen", seqlen)
-    stride = stride or seqlen
-    if stride > seqlen:
-        raise UserError(f"{prefix}stride {stride} is longer than the window of {seqlen}: it would skip text")
-    return seqlen, stride
+    return seqlen or min(longest or 2048, 2048)
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -347,34 +307,34 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
-    def parse_args(self, args=None):
-        args = sys.argv[1:] if args is None else args
-        for arg in args:
-            if arg.endswith("=--"):                               # argparse ends in a traceback
-                self.error(f"{arg}: -- is no value")
-        return super().parse_args(args)
+    def parse_args(self):
+        if bad := [arg for arg in sys.argv if arg.endswith("=--")]:   # argparse takes this for an empty list
+            self.error(f"{bad[0]}: -- is no value")
+        return super().parse_args()
 
 
 def whole(low, high=2 ** 31):
-    """argparse type: a whole number from `low` to `high`."""
-    def parse(text):
-        if not re.fullmatch(r"-?\d{1,12}", text) or not low <= int(text) <= high:
+    """argparse type: a whole number from `low` to `high`; ValueError is an error there, named as here."""
+    def whole_number(text):
+        if not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
         return int(text)
-    return parse
+    return whole_number
 
 
 def between(low, high, or_low=False):
     """argparse type: a number between `low` and `high`, which are excluded, but `low` not with or_low."""
-    def parse(text):
-        try:
-            if low < float(text) < high or (or_low and float(text) == low):
-                return float(text)
-        except ValueError:
-            pass
-        ends = "from {} to below {}" if or_low else "between {} and {}, both excluded"
-        raise argparse.ArgumentTypeError(f"{text} is not a number {ends.format(low, high)}")
-    return parse
+    def number(text):
+        if not (low < float(text) < high or or_low and float(text) == low):
+            ends = "from {} to below {}" if or_low else "between {} and {}, both excluded"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {ends.format(low, high)}")
+        return float(text)
+    return number
+
+
+def device_map(text):
+    """argparse type: JSON, or a word."""
+    return json.loads(text) if text.startswith("{") else text
 
 
 def add_model_flags(parser):
@@ -383,8 +343,8 @@ def add_model_flags(parser):
     add("--revision", help="of a hub model: a branch, tag or commit")
     add("--trust-remote-code", action="store_true", help="run the Python code that a hub model brings along")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA if there is one")
-    add("--device-map", help="in place of --device, what from_pretrained takes: auto (over several GPUs, "
-                             "needs accelerate), a device, or JSON {module: device}")
+    add("--device-map", type=device_map, help="in place of --device, what from_pretrained takes: auto (over "
+        "several GPUs, needs accelerate), a device, or JSON {module: device}")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of the weights; auto is bfloat16 on CUDA, else float32")
 
@@ -392,20 +352,46 @@ def add_model_flags(parser):
 OWN_BOS = -1         # --bos without an id
 
 
-def add_bos_flag(parser):
-    parser.add_argument("--bos", nargs="?", type=whole(0), const=OWN_BOS, metavar="ID", help="token to stand "
-                        "in place of the first of every block of text; without ID the tokenizer's <bos> "
-                        "(default: the text as it is)")
+def add_text_flags(parser, prefix="--"):
+    add = parser.add_argument
+    add("--eval", help="text to score, its test split: wikitext2, stdlib or a file (default: stdlib for the "
+                       "bundled model, else wikitext2)")
+    add(f"{prefix}seqlen", dest="eval_seqlen", type=whole(2), help="tokens a window of the perplexity "
+        "(default: what the model reads, at most 2048)")
+    add(f"{prefix}stride", dest="eval_stride", type=whole(1), help="tokens from one window to the next "
+        f"(default: {prefix}seqlen)")
+    add(f"{prefix}blocks", dest="eval_blocks", type=whole(1), help="score only the first so many windows "
+        "(default: all)")
+    add("--bos", nargs="?", type=whole(0), const=OWN_BOS, metavar="ID", help="token to stand in place of the "
+        "first of every block of text; without ID the tokenizer's <bos> (default: the text as it is)")
 
 
 def default_text(model):
     return "stdlib" if model == BUNDLED else "wikitext2"
 
 
-def bar(items):
-    """A progress bar, on a terminal."""
-    from tqdm import tqdm
-    return tqdm(items, "perplexity", disable=None, leave=False)
+def load_scored(args, prefix="--"):
+    """The model, its tokenizer, and the token ids to score, of the flags of `add_model_flags` and
+    `add_text_flags`. Fills in, in `args`, what only the model tells."""
+    model, tokenizer = load_named(args)
+    args.eval, args.bos = args.eval or default_text(args.model), first_token(model, tokenizer, args.bos)
+    args.eval_seqlen = window(model, f"{prefix}seqlen", args.eval_seqlen)
+    args.eval_stride = args.eval_stride or args.eval_seqlen
+    if args.eval_stride > args.eval_seqlen:
+        raise UserError(f"{prefix}stride {args.eval_stride} is longer than the window of {args.eval_seqlen}: "
+                        f"it would skip text")
+    return model, tokenizer, load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
+
+
+def score(model, ids, args, progress=lambda batches: batches):
+    """(Perplexity, {its protocol}) of a model by the flags of `load_scored`."""
+    found = perplexity(model, ids, args.eval_seqlen, args.eval_stride, args.eval_blocks, progress, args.bos)
+    return found, {"data": args.eval, "split": "test", "seqlen": args.eval_seqlen, "stride": args.eval_stride,
+                   "bos": args.bos, "tokens": found.tokens, "dtype": str(model.dtype)[6:]}
+
+
+def listed(settings):
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def say(line):
@@ -460,22 +446,12 @@ def run(main, *bad_input):
 def main():
     parser = Parser(__doc__)
     add_model_flags(parser)
-    add = parser.add_argument
-    add("--eval", help="text to score, its test split: wikitext2, stdlib or a file (default: stdlib for the "
-                       "bundled model, else wikitext2)")
-    add("--seqlen", type=whole(2), help="tokens a window (default: what the model reads, at most 2048)")
-    add("--stride", type=whole(1), help="tokens from one window to the next (default: --seqlen)")
-    add("--blocks", type=whole(1), help="score only the first so many windows (default: all)")
-    add_bos_flag(parser)
+    add_text_flags(parser)
     args = parser.parse_args()
-    model, tokenizer = load_named(args)
-    seqlen, stride = scored_windows(model, args.seqlen, args.stride)
-    bos, data = first_token(model, tokenizer, args.bos), args.eval or default_text(args.model)
-    ids = load_tokens(model, tokenizer, data, "test", seqlen)
-    result = perplexity(model, ids, seqlen, stride, args.blocks, bar, bos)
-    say(f"perplexity {result.ppl:.4f} ({result.nll:.5f} nats a token; model {args.model}, data {data}, split "
-        f"test, seqlen {seqlen}, stride {stride}, bos {bos}, tokens {result.tokens}, dtype "
-        f"{str(model.dtype)[6:]})")
+    model, _, ids = load_scored(args)
+    bar = functools.partial(tqdm, desc="perplexity", disable=None, leave=False)       # on a terminal
+    found, protocol = score(model, ids, args, bar)
+    say(f"perplexity {found.ppl:.4f} ({found.nll:.5f} nats a token; model {args.model}, {listed(protocol)})")
 
 
 if __name__ == "__main__":

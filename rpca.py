@@ -30,6 +30,7 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
+import inspect
 import math
 from typing import NamedTuple
 
@@ -38,10 +39,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # load and save stand here for whoever imports this module
-from soco import (KINDS, LR, PACKERS, CannotCompress, Report, add_run_flags, as_the_first, average, bar,
-                  block_layers, check_flags, check_inputs, dense_like, free_memory, frozen, input_device,
-                  install, keep_source, load, matrix, measured, out_folders, read_inputs, sample_batches,
-                  save, swapped, train)
+from soco import (KINDS, LR, PACKERS, SOURCES, CannotCompress, Run, add_run_flags, as_the_first, average,
+                  bar, block_layers, budget_for, check_inputs, dense_like, free_memory, frozen, input_device,
+                  install, load, matrix, measured, sample_batches, save, swapped, train)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -277,7 +277,7 @@ def pack(S):
 
 
 KINDS["LowRankPlusSparse"], PACKERS["LowRankPlusSparse"] = LowRankPlusSparse, pack
-keep_source(LowRankPlusSparse)
+SOURCES["LowRankPlusSparse"] = inspect.getsource(LowRankPlusSparse)
 
 
 def low_rank_plus_sparse(U, V, S, bias, like):
@@ -325,7 +325,7 @@ class Draft(nn.Module):
     of an entry is the predicted loss of dropping it: entries of one row are compared by |W| D, as in Wanda,
     rows by Fisher information. G [n, n]: E[x x^T], on the layer's device or in main memory.
     level [m, 1]: what the worths of a row are divided by. a [m], c [n]: gains of outputs and inputs, folded
-    in at the end. With `teacher` set, the dense layer answers.
+    in at the end.
     """
 
     def __init__(self, layer, G, R, scale=True):
@@ -338,7 +338,6 @@ class Draft(nn.Module):
         self.U, self.V = self.rows.new_zeros(self.m, 0), self.rows.new_zeros(0, self.n)
         self.level = self.rows.new_ones(self.m, 1)
         self.a, self.c = (nn.Parameter(torch.ones_like(A), requires_grad=False) for A in moments)
-        self.teacher = False
 
     def temper(self, ratio):
         """Set `level` to the root of what each row's own cut would be, if every row lost `ratio`.
@@ -381,8 +380,6 @@ class Draft(nn.Module):
 
     def forward(self, x):
         """y = a * (L + S)(c * x) + b."""
-        if self.teacher:
-            return self.layer(x)
         x = Gain.apply(x, self.c)
         y = F.linear(x, self.S)
         y = y + F.linear(F.linear(x, self.V.to(x)), self.U.to(x)) if len(self.V) else y
@@ -408,7 +405,12 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
     for a loss not finite.
     """
     layers, batches = block_layers(model), list(batches)
-    check(batches, ratio, steps, estimator, rank_share, rounds)
+    check_inputs(batches, ratio)
+    least = {"metric": 1, "policy": 0}.get(estimator, math.inf)
+    if (steps or 0) < 0 or rounds < least or not 0 <= rank_share < 1:
+        raise CannotCompress(f"steps {steps}, estimator {estimator!r}, rank_share {rank_share} or rounds "
+                             f"{rounds} cannot be: give steps >= 0, {' or '.join(ESTIMATORS)}, a share from "
+                             f"0 to below 1, at least one round (policy: 0)")
     drafts = drafted(model, layers, batches, scale, progress)
     if estimator == "metric":
         set_ranks(drafts, ratio, rank_share, progress)
@@ -416,16 +418,6 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
     _, new = next(prune_down(model, drafts, batches, [ratio], steps, estimator, rounds, refitted, keep, lr,
                               seed, progress))
     return install(model, "cap", layers, new)
-
-
-def check(batches, ratio, steps, estimator, rank_share, rounds):
-    """Refuse what `compress` cannot do."""
-    check_inputs(batches, ratio)
-    least = {"metric": 1, "policy": 0}.get(estimator, math.inf)
-    if (steps or 0) < 0 or rounds < least or not 0 <= rank_share < 1:
-        raise CannotCompress(f"steps {steps}, estimator {estimator!r}, rank_share {rank_share} or rounds "
-                             f"{rounds} cannot be: give steps >= 0, {' or '.join(ESTIMATORS)}, a share from "
-                             f"0 to below 1, at least one round (policy: 0)")
 
 
 def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *measured: None):
@@ -528,21 +520,19 @@ def choose_by_metric(drafts, ratio, rounds, keep, refitted, progress):
     for draft in drafts:
         draft.temper(ratio)
     start = sum((draft.S != 0).sum().item() for draft in drafts)
-    entries = budget_for(drafts, ratio) - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
+    budget = budget_for([draft.layer for draft in drafts], ratio)
+    entries = budget - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
     for done in bar(range(1, rounds + 1), progress, desc="choose and refit", unit="round"):
         keep(drafts, entries + int((start - entries) * (1 - done / rounds) ** 2))
         if refitted:
             refit_all(drafts)
 
 
-def budget_for(drafts, ratio):
-    return math.floor((1 - ratio) * sum(draft.m * draft.n for draft in drafts) + 1e-6)
-
-
 def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress):
     """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient,
     from a start at worth / (worth + cost * mean worth), projected on the budget."""
-    budget, device, splits, worths, cost = budget_for(drafts, ratio), drafts[0].rows.device, [], [], []
+    budget = budget_for([draft.layer for draft in drafts], ratio)
+    device, splits, worths, cost = drafts[0].rows.device, [], [], []
     for draft in bar(drafts, progress, desc="robust PCA", unit="matrix"):
         split = rpca(draft.scaled(matrix(draft.layer)), max_iter=RPCA_ITERATIONS)[:4]
         U, sigma, V, S = as_the_first([part.contiguous() for part in split])
@@ -622,35 +612,29 @@ def main():
     args = parser.parse_args()
     if args.estimator == "policy" and len(args.ratio) > 1:
         raise UserError(f"--ratio {args.ratio}: the policy learns for one; give one, or --estimator metric")
-    check_flags(args)
-    args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
     with contextlib.ExitStack() as stack:
-        places = out_folders(args, "cap", stack)
-        model, tokenizer, calibration, evaluation = read_inputs(args)
-        layers, batches = block_layers(model), sample_batches(calibration, args, args.metric_batches)
-        for ratio in args.ratio:
-            check(batches, ratio, args.steps, args.estimator, args.rank_share, args.rounds)
-        report = Report("cap", args, model, layers, evaluation)
-        report.score("dense", "dense")
-
-        prunings = [] if args.no_baselines else [("magnitude", magnitude), ("Wanda, row-wise", wanda)]
-        baselines = {(label, prune, ratio): {} for label, prune in prunings for ratio in args.ratio}
+        run = Run("cap", args, STEPS, stack)
+        model, layers, baselines = run.model, run.layers, {}
+        batches = sample_batches(run.calibration, args, args.metric_batches)
+        run.score("dense", "dense")
 
         def prune_one(layer, metric):
-            for (_, prune, ratio), new in baselines.items():
-                new[layer] = pruned(layer, prune, metric.G, ratio)
+            for ratio in () if args.no_baselines else args.ratio:
+                for prune, label in ((magnitude, "magnitude"), (wanda, "Wanda, row-wise")):
+                    new = baselines.setdefault((prune.__name__, label, ratio), {})
+                    new[layer] = pruned(layer, prune, metric.G, ratio)
 
-        with report.clock("metric"):
+        with run.clock("metric"):
             drafts = drafted(model, layers, batches, not args.no_scale, progress=True, visit=prune_one)
-        for label, prune, ratio in list(baselines):
-            report.score(prune.__name__, label, ratio, baselines.pop((label, prune, ratio)), pruned=True)
+        for row in list(baselines):
+            run.score(*row, baselines.pop(row), pruned=True)
 
         if args.estimator == "metric":
-            with report.clock("stage 1"):
+            with run.clock("stage 1"):
                 set_ranks(drafts, args.ratio[-1], args.rank_share, progress=True)
-        run = prune_down(model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
-                          not args.no_refit, lr=args.lr, seed=args.seed, progress=True)
-        report.write_each(run, f"CAP, {args.estimator}", layers, places, tokenizer)
+        models = prune_down(model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
+                            not args.no_refit, lr=args.lr, seed=args.seed, progress=True)
+        run.write_each(models, f"CAP, {args.estimator}")
 
 
 if __name__ == "__main__":

@@ -185,12 +185,12 @@ class ScoredLinear(nn.Module):
     sigma [r] is split between the buffers U [m, r] and V [r, n]. A component with kept [r] = 0 adds nothing
     to y, yet its score receives the gradient it would have if it did (straight through), so that it can grow
     and come back. price [r]: predicted loss of dropping a component of score 1, at first sigma^2. d is in
-    units of offset_scale. `layer` is the dense layer it stands for; with `teacher` set, that one answers.
+    units of offset_scale. `layer` is the dense layer it stands for.
     """
 
     def __init__(self, layer, U, sigma, V, offset_scale=1.0):
         super().__init__()
-        self.layer, self.teacher, self.offset_scale = layer, False, offset_scale
+        self.layer, self.offset_scale = layer, offset_scale
         half, W = sigma.sqrt(), layer.weight
         self.register_buffer("U", (U * half).to(W))
         self.register_buffer("V", (half[:, None] * V).to(W))
@@ -201,8 +201,6 @@ class ScoredLinear(nn.Module):
         self.d = nn.Parameter(torch.zeros_like(self.a))
 
     def forward(self, x):
-        if self.teacher:
-            return self.layer(x)
         learned, fixed = (self.S, self.a, self.c, self.bias()), (self.kept, self.U, self.V)
         return ScoredProduct.apply(x.flatten(0, -2), *learned, *fixed).unflatten(0, x.shape[:-1])
 
@@ -560,7 +558,7 @@ def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR,
     check(layers, batches, ratio, steps, basis, stages, group, learned)
     steps = round(STEPS * ratio) if steps is None else steps
     scored = scored_layers(model, layers, batches[:metric_batches], basis, progress)
-    spectrum, budget = Spectrum(list(scored.values()), group), budget_for(layers, ratio, steps, learned)
+    spectrum, budget = Spectrum(list(scored.values()), group), budget_for(scored, ratio, steps, learned)
     learn(model, scored, spectrum, batches, budget, steps, lr, learned, stages, progress=progress)
     return install(model, "soco", layers, finished(scored))
 
@@ -584,17 +582,17 @@ def check(layers, batches, ratio, steps, basis, stages, group, learned):
     if not learned or not set(learned) <= set(LEARNED):
         raise CannotCompress(f"learned {learned!r} cannot be: give one or more of {', '.join(LEARNED)}")
     least = sum(min(group * sum(layer.weight.shape), layer.weight.numel()) for layer in layers.values())
-    budget = budget_for(layers, ratio, steps, learned)
+    budget = budget_for(layers.values(), ratio, steps, learned)
     if budget < least:
         raise CannotCompress(f"ratio {ratio} leaves {budget} parameters, and the least rank of every matrix "
                              f"takes {least}: give a smaller ratio or rank multiple")
 
 
 def budget_for(layers, ratio, steps=0, learned=LEARNED):
-    """Parameters that the factors of `layers` {name: layer} may take: what `ratio` leaves, less the new
-    biases of deviations, if these are learned."""
-    parameters = sum(layer.weight.numel() for layer in layers.values())
-    biases = sum(len(matrix(layer)) for layer in layers.values() if layer.bias is None)
+    """Parameters that what stands for the dense `layers` may take: what `ratio` leaves, less the new biases
+    of deviations, if these are learned."""
+    parameters = sum(layer.weight.numel() for layer in layers)
+    biases = sum(len(matrix(layer)) for layer in layers if layer.bias is None)
     return math.floor((1 - ratio) * parameters + 1e-6) - (biases if steps != 0 and "d" in learned else 0)
 
 
@@ -723,12 +721,12 @@ def learn(model, scored, spectrum, batches, budget, steps, lr=LR, learned=LEARNE
         spectrum.keep_best(budget)
 
 
-def learn_down(model, scored, spectrum, layers, batches, ratios, steps, lr, learned=LEARNED, progress=False):
+def learn_down(model, scored, spectrum, batches, ratios, steps, lr, learned=LEARNED, progress=False):
     """Go down through rising `ratios` in one run, `steps` to the last and its share of them to each before,
     over as many batches; at each, yield (steps so far, {dense layer: layer to store})."""
     done, start = 0, None
     for ratio in ratios:
-        budget, until = budget_for(layers, ratio, steps, learned), round(steps * ratio / ratios[-1])
+        budget, until = budget_for(scored, ratio, steps, learned), round(steps * ratio / ratios[-1])
         learn(model, scored, spectrum, batches[done:], budget, until - done, lr, learned, start=start,
               progress=progress)
         yield until, finished(scored)
@@ -756,7 +754,7 @@ def train(model, students, learned, groups, batches, steps, falling, before_step
         for step in (shown := bar(steps, progress, desc="learn", unit="step")):
             words = before_step(step, optimizer)
             optimizer.zero_grad(set_to_none=False)
-            loss = distil(model, students.values(), batches[step % len(batches)].to(input_device(model)))
+            loss = distil(model, students, batches[step % len(batches)].to(input_device(model)))
             average(loss, *(tensor.grad for tensor in tensors))
             if not torch.stack([loss, *(tensor.grad.sum().to(loss) for tensor in tensors)]).isfinite().all():
                 raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step "
@@ -770,22 +768,12 @@ def train(model, students, learned, groups, batches, steps, falling, before_step
 
 def distil(model, students, ids):
     """KL(dense || compressed) on token ids [batch, length], detached; its gradient, times the number of
-    tokens, is added to .grad of what is learned."""
-    logits = teacher(model, students, ids)
+    tokens, is added to .grad of what is learned. The model is its own teacher: with the dense layers back."""
+    with torch.no_grad(), swapped(model, {student: layer for layer, student in students.items()}):
+        logits = model(input_ids=ids, use_cache=False).logits
     loss = KLDivergence.apply(logits, model(input_ids=ids, use_cache=False).logits)
     (loss * ids.numel()).backward()                  # Adam does not see the factor; float16 needs it
     return loss.detach()
-
-
-@torch.no_grad()
-def teacher(model, layers, ids):
-    """Logits of the dense layers: the compressed model is its own teacher, and shares all else with it."""
-    for layer in layers:
-        layer.teacher = True
-    logits = model(input_ids=ids, use_cache=False).logits
-    for layer in layers:
-        layer.teacher = False
-    return logits
 
 
 # ---- the saved folder: an ordinary transformers folder, and the module that puts its layers in place ----
@@ -914,30 +902,21 @@ class CompressedForCausalLM(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-def keep_source(*parts):
-    """Remember what compressed.py is made of: a script may be edited while it runs."""
-    SOURCES.update({part.__name__: inspect.getsource(part) for part in parts})
-
-
-SOURCES = {}
 if __name__ != "__main__":                           # a script imports itself as a module (last lines)
-    keep_source(LowRankLinear, compressed_class, replace_layers, digest)
-    keep_source(CompressedConfig, CompressedForCausalLM)
+    SOURCES = {part.__name__: inspect.getsource(part) for part in (      # now: it may be edited while it runs
+        LowRankLinear, compressed_class, replace_layers, digest, CompressedConfig, CompressedForCausalLM)}
     AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)
     AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
 
 
 @contextlib.contextmanager
-def reserved(folder, new=False):
+def reserved(folder):
     """Take a folder's name at once: `folder` is new or empty. Inside the with block it stays empty and
-    locked, and the block is given (where to build, folder); `publish` moves the one over the other.
+    locked, and the block is given (where to build, folder); `published` moves the one over the other.
 
-    Raises CannotCompress for a name that cannot be taken; with new=True, FileExistsError for one that is
-    there. Without a `publish`, nothing is left.
+    Raises CannotCompress for a name that cannot be taken. Without `published`, nothing is left.
     """
     folder = Path(os.path.abspath(folder))
-    if new and os.path.lexists(folder):
-        raise FileExistsError(folder)
     missing = [parent for parent in [folder, *folder.parents] if not os.path.lexists(parent)]
     with contextlib.ExitStack() as undo:
         try:
@@ -954,8 +933,6 @@ def reserved(folder, new=False):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fresh = undo.enter_context(tempfile.TemporaryDirectory(prefix=".compressed-", dir=folder.parent))
         except (OSError, UnicodeEncodeError) as error:
-            if new and isinstance(error, FileExistsError):
-                raise
             why = getattr(error, "strerror", "its name is not UTF-8")
             why = "another run is writing it" if isinstance(error, BlockingIOError) else why
             why = f"cannot write {str(folder)!r}: {why}; give a new or an empty folder"
@@ -968,14 +945,14 @@ def remove_if_empty(folder):
         folder.rmdir()
 
 
-def publish(model, place, extra=lambda folder: None):
-    """Save a compressed model to a `place` from `reserved`, in one rename; extra(folder) adds files."""
+@contextlib.contextmanager
+def published(place):
+    """Inside the with block, a folder to fill; it then takes its `place` from `reserved`, in one rename."""
     from safetensors import SafetensorError
     fresh, folder = place
     try:
         fresh.mkdir()
-        model.save_pretrained(fresh)
-        extra(fresh)
+        yield fresh
         fresh.rename(folder)
     except (OSError, SafetensorError) as error:
         raise CannotCompress(f"cannot write {str(folder)!r}: {error}; give a place with more room") from error
@@ -985,8 +962,8 @@ def save(model, folder):
     """Write a compressed model to a folder that is new or empty, complete or not at all."""
     if not getattr(model.config, "compressed", None):
         raise CannotCompress("this model was not compressed: save it with save_pretrained")
-    with reserved(folder) as place, quiet():
-        publish(model, place)
+    with reserved(folder) as place, quiet(), published(place) as fresh:
+        model.save_pretrained(fresh)
 
 
 def load(folder, **options):
@@ -1018,15 +995,14 @@ def quiet():
 # ---- the command: what a run of soco.py or rpca.py does around its method ---------------------------
 
 def add_run_flags(parser, steps=STEPS):
-    from eval_ppl import add_bos_flag, add_model_flags, between, whole
+    from eval_ppl import add_model_flags, add_text_flags, between, whole
     add_model_flags(parser)
-    add_bos_flag(parser)
-    add, size = parser.add_argument, whole(1, 2 ** 20)
+    add_text_flags(parser, "--eval-")
+    add = parser.add_argument
     add("--ratio", type=between(0, 1), nargs="+", default=[0.5], help="share of the block weights' parameters"
         " to remove; several, rising: one run that goes down through them and saves a model at each")
     add("--calib", help="text to learn from, its train split: wikitext2, stdlib or a file (default: stdlib"
                         " for the bundled model, else wikitext2)")
-    add("--eval", help="text for perplexity, its test split; named like --calib, and not the same file")
     add("--same-text", action="store_true", help="allow --calib and --eval to be the same file")
     add("--seqlen", type=whole(8, 2 ** 20), default=256, help="tokens a calibration block")
     add("--batch-size", type=whole(1, 2 ** 16), default=4, help="blocks a batch")
@@ -1036,10 +1012,6 @@ def add_run_flags(parser, steps=STEPS):
         f" share of them (default: {steps} * the last ratio)")
     add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate, times the ratio")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--eval-seqlen", type=whole(2, 2 ** 20), help="tokens a window of the perplexities (default: what"
-                                                      " the model reads, at most 2048)")
-    add("--eval-stride", type=size, help="tokens from one window to the next (default: --eval-seqlen)")
-    add("--eval-blocks", type=size, help="score only the first so many windows (default: all)")
     add("--no-baselines", action="store_true", help="do not measure the baselines")
     add("--seed", type=whole(0), default=0, help="of the choice of calibration blocks and of drawn labels")
     add("--out", help="folder to write, new or empty; each of several ratios gets its own in it (default: a "
@@ -1065,15 +1037,12 @@ def check_flags(args):
 
 def read_inputs(args):
     """The model, its tokenizer, and the token ids of the text to learn from and of the text to score. Fills
-    in what only the model tells of `args`, joins the processes, and seeds."""
-    from eval_ppl import check_window, first_token, load_named, load_tokens, scored_windows
-    model, tokenizer = load_named(args)
-    args.eval_seqlen, args.eval_stride = scored_windows(model, args.eval_seqlen, args.eval_stride, "--eval-")
-    check_window(model, "--seqlen", args.seqlen)
-    args.bos = first_token(model, tokenizer, args.bos)
+    in, in `args`, what only the model tells; joins the processes, and seeds."""
+    from eval_ppl import load_scored, load_tokens, window
+    model, tokenizer, evaluation = load_scored(args, "--eval-")
+    window(model, "--seqlen", args.seqlen)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
-    evaluation = load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
     calibration = load_tokens(model, tokenizer, args.calib, "train", args.seqlen)
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
         dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo")
@@ -1085,11 +1054,12 @@ def sample_batches(ids, args, count):
     """`count` batches [batch, seqlen] of blocks of a text's ids [tokens], without overlap, in random order,
     repeated when the text has fewer; the same first ones whatever the count; args.bos, if there is one, in
     place of the first token of each. Of several processes, each gets its own rows."""
-    from eval_ppl import begun
-    blocks = begun(ids[:len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen), args.bos)
+    blocks = ids[:len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(args.seed), device="cpu")
     wanted = count * args.batch_size
     blocks = blocks[order.repeat(wanted // len(blocks) + 1)[:wanted]]
+    if args.bos is not None:
+        blocks[:, 0] = args.bos
     rank, processes = process()
     return [batch[rank::processes] for batch in blocks.split(args.batch_size)]
 
@@ -1097,29 +1067,32 @@ def sample_batches(ids, args, count):
 def out_folders(args, method, stack):
     """{ratio: place}, reserved until the ExitStack closes: --out, or out/MODEL-METHOD-RATIO with the first
     number that is free. Of several processes, the first alone writes."""
-    from eval_ppl import BUNDLED
-    name = "demo" if args.model == BUNDLED else re.sub(r"[^\w.-]+", "-", Path(args.model).name)[:100]
-    places = {}
+    name, places = re.sub(r"[^\w.-]+", "-", Path(args.model).name)[:100], {}
     for ratio in args.ratio if os.environ.get("RANK", "0") == "0" else ():
-        if args.out is not None:
+        if args.out is None:
+            folder, tails = f"out/{name}-{method}-{ratio:g}", map("-{}".format, itertools.count(2))
+            taken = os.path.lexists(folder)
+            folder += next(tail for tail in tails if not os.path.lexists(folder + tail)) if taken else ""
+        else:
             folder = args.out if len(args.ratio) == 1 else os.path.join(args.out, f"{ratio:g}")
-            places[ratio] = stack.enter_context(reserved(folder))
-        for number in itertools.count(1) if args.out is None else ():
-            folder = os.path.join("out", f"{name}-{method}-{ratio:g}" + (f"-{number}" if number > 1 else ""))
-            with contextlib.suppress(FileExistsError):
-                places[ratio] = stack.enter_context(reserved(folder, new=True))
-                break
+        places[ratio] = stack.enter_context(reserved(folder))
     return places
 
 
-class Report:
-    """The table of a run, its times, and what it writes beside the weights."""
+class Run:
+    """What a run reads, its table, its times, and what it writes, to folders reserved until the ExitStack
+    `stack` closes. steps: of learning by default, times the ratio."""
 
-    def __init__(self, method, args, model, layers, evaluation):
-        self.method, self.args, self.model, self.evaluation = method, args, model, evaluation
-        self.shapes = {name: (*matrix(layer).shape, layer.bias is not None) for name, layer in layers.items()}
-        self.dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        self.untouched, self.seconds, self.rows = untouched(model, layers), {}, {}
+    def __init__(self, method, args, steps, stack):
+        check_flags(args)
+        args.steps = round(steps * args.ratio[-1]) if args.steps is None else args.steps
+        self.method, self.args, self.places = method, args, out_folders(args, method, stack)
+        self.model, self.tokenizer, self.calibration, self.evaluation = read_inputs(args)
+        self.layers, self.seconds, self.rows = block_layers(self.model), {}, {}
+        self.shapes = {name: (*matrix(layer).shape, layer.bias is not None)
+                       for name, layer in self.layers.items()}
+        self.dense_bytes = sum(p.nbytes for p in self.model.parameters())
+        self.untouched = untouched(self.model, self.layers)
 
     @contextlib.contextmanager
     def clock(self, phase):
@@ -1132,21 +1105,14 @@ class Report:
 
     def score(self, key, label, ratio=None, new={}, pruned=False):
         """Score the model with the layers new {layer: another}, and print that row of the table at once."""
-        from eval_ppl import UserError, perplexity, say
+        from eval_ppl import listed, say, score
         args = self.args
         progress = functools.partial(bar, progress=True, desc="perplexity", unit="batch")
         with self.clock("eval"), swapped(self.model, new):
-            try:
-                ppl, nll, tokens = perplexity(self.model, self.evaluation, args.eval_seqlen, args.eval_stride,
-                                              args.eval_blocks, progress, args.bos)
-            except FloatingPointError as error:
-                raise UserError(f"--model {args.model}, {label}: {error}") from error
+            (ppl, nll, _), self.eval = score(self.model, self.evaluation, args, progress)
             kept, size = block_parameters(self.model, self.shapes, pruned)
         if not self.rows:
             self.dense_nll = nll
-            self.eval = {"data": args.eval, "split": "test", "seqlen": args.eval_seqlen,
-                         "stride": args.eval_stride, "bos": args.bos, "tokens": tokens,
-                         "dtype": str(self.model.dtype)[6:]}
             say(f"settings: {listed(vars(args))}")
             say(f"perplexity: {listed(self.eval)}, device {self.model.device}")
             say(f"{'':40} {'perplexity':>12} {'gap':>9} {'parameters':>14} {'MB':>10}")
@@ -1155,32 +1121,31 @@ class Report:
         label = label if ratio is None or len(args.ratio) == 1 else f"{ratio:g}: {label}"
         say(f"{label:40} {ppl:12.2f} {gap:9.4f} {kept:14,} {size / 1e6:10.1f}")
 
-    def write_each(self, run, name, layers, places, tokenizer):
-        """At each ratio, score and write what `run` gives: (steps so far, {dense layer: layer to store})."""
+    def write_each(self, models, name):
+        """At each ratio, score and write what `models` yields: (steps, {dense layer: layer to store})."""
         for ratio in self.args.ratio:
             with self.clock("choose and learn"):
-                steps, new = next(run)
-            install(self.model, self.method, layers, new)
+                steps, new = next(models)
+            install(self.model, self.method, self.layers, new)
             self.score("compressed", f"{name}, {steps} steps", ratio)
-            self.write(places.get(ratio), ratio, tokenizer)
+            if ratio in self.places:                                  # in the first process
+                self.write(self.places[ratio], ratio)
             swap(self.model, {new[layer]: layer for layer in new})    # the dense layers, for the next ratio
             del new
 
-    def write(self, place, ratio, tokenizer):
+    def write(self, place, ratio):
         """Save the compressed model, tokenizer, metrics.json and card; print where, and what it keeps."""
         from eval_ppl import say
-        if not place:                                                 # not the first process
-            return
         layers = [{"name": name, "shape": (m, n), **self.model.config.compressed["layers"][name],
                    "kept": block_parameters(self.model, {name: (m, n, bias)})[0]}
                   for name, (m, n, bias) in self.shapes.items()]
         rows = {key: row for (key, at), row in self.rows.items() if at in (None, ratio)}
-        total, metrics = sum(m * n for m, n, _ in self.shapes.values()), {}
-
-        def extra(folder):
-            tokenizer.save_pretrained(folder)
-            metrics.update(
-                vars(self.args), method=self.method, ratio=ratio,
+        total = sum(m * n for m, n, _ in self.shapes.values())
+        with published(place) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            metrics = vars(self.args) | dict(
+                method=self.method, ratio=ratio,
                 command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                 compressible_params=total, kept_params=rows["compressed"]["kept"],
                 dense_bytes=self.dense_bytes,
@@ -1193,9 +1158,6 @@ class Report:
                 untouched=[dict(zip(("name", "shape", "reason"), weight)) for weight in self.untouched])
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
             (folder / "README.md").write_text(model_card(metrics, rows))
-
-        with quiet():
-            publish(self.model, place, extra)
         say("kept share of each matrix, block by block, in tenths (D: all of it)\n" + allocation(layers))
         if ratio == self.args.ratio[-1]:
             say("not touched: " + "; ".join(f"{name} {' x '.join(map(str, shape))} ({reason})"
@@ -1206,10 +1168,6 @@ class Report:
         say(f"written to {place[1]}; score it again with: python eval_ppl.py --model {place[1]} --eval "
             f"{self.args.eval} --seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}"
             + (f" --bos {self.args.bos}" if self.args.bos is not None else ""))
-
-
-def listed(settings):
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def allocation(layers):
@@ -1247,6 +1205,7 @@ def peak_memory(device):
 
 def model_card(metrics, rows):
     """The README.md of a compressed folder."""
+    from eval_ppl import listed
     script = {"soco": "soco", "cap": "rpca"}[metrics["method"]]
     table = "\n".join(f"| {row['label']} | {row['ppl']:.2f} | {row['gap']:.4f} | {row['kept']:,} |"
                       for row in rows.values())
@@ -1277,14 +1236,14 @@ With {script}.py at hand, `import {script}` first and leave the flag out: no cod
 """
 
 
-def score_unlearned(report, basis, layers, scored, spectrum, ratio):
+def score_unlearned(run, basis, scored, spectrum, ratio):
     """Score what a decomposition gives without learning: the same share of every matrix, a global choice."""
     if basis == "two-sided":                                          # of the others it is there already
         new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
                for layer, student in scored.items()}
-        report.score("svd_kfac", "KFAC-SVD, same share", ratio, new)
-    spectrum.keep_best(budget_for(layers, ratio))
-    report.score("svd_global", f"{basis} SVD, global choice", ratio, finished(scored))
+        run.score("svd_kfac", "KFAC-SVD, same share", ratio, new)
+    spectrum.keep_best(budget_for(scored, ratio))
+    run.score("svd_global", f"{basis} SVD, global choice", ratio, finished(scored))
 
 
 def main():
@@ -1297,39 +1256,31 @@ def main():
     add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: scores, gains of"
         " outputs and of inputs, offsets (the paper: scores and a deviation)")
     args = parser.parse_args()
-    check_flags(args)
-    args.steps = round(STEPS * args.ratio[-1]) if args.steps is None else args.steps
     with contextlib.ExitStack() as stack:
-        places = out_folders(args, "soco", stack)
-        model, tokenizer, calibration, evaluation = read_inputs(args)
-        layers = block_layers(model)
-        batches = sample_batches(calibration, args, max(args.steps, args.metric_batches))
-        for ratio in args.ratio:
-            check(layers, batches, ratio, args.steps, args.basis, STAGES, args.rank_multiple, args.learn)
-        report = Report("soco", args, model, layers, evaluation)
-        report.score("dense", "dense")
-
-        kinds = {} if args.no_baselines else {"plain": "svd", "whitened": "svd_whitened"}
-        baselines = {(basis, ratio): {} for ratio in args.ratio for basis in kinds}
+        run = Run("soco", args, STEPS, stack)
+        model, layers, baselines = run.model, run.layers, {}
+        batches = sample_batches(run.calibration, args, max(args.steps, args.metric_batches))
+        check(layers, batches, args.ratio[-1], args.steps, args.basis, STAGES, args.rank_multiple, args.learn)
+        run.score("dense", "dense")
 
         def truncate(layer, metric):                                  # while the metric is there
-            for basis in kinds:
+            for basis, key in () if args.no_baselines else (("plain", "svd"), ("whitened", "svd_whitened")):
                 factors = decompose(layer, metric, basis)
                 for ratio in args.ratio:
-                    baselines[basis, ratio][layer] = truncated(layer, *factors, ratio)
+                    row = key, f"{basis} SVD, same share", ratio
+                    baselines.setdefault(row, {})[layer] = truncated(layer, *factors, ratio)
 
-        with report.clock("metric and decompositions"):
+        with run.clock("metric and decompositions"):
             scored = scored_layers(model, layers, batches[:args.metric_batches], args.basis, True, truncate)
             spectrum = Spectrum(list(scored.values()), args.rank_multiple)
-        for (basis, ratio), new in baselines.items():
-            report.score(kinds[basis], f"{basis} SVD, same share", ratio, new)
-        baselines.clear()
+        for row in list(baselines):
+            run.score(*row, baselines.pop(row))
         for ratio in () if args.no_baselines else args.ratio:
-            score_unlearned(report, args.basis, layers, scored, spectrum, ratio)
+            score_unlearned(run, args.basis, scored, spectrum, ratio)
 
-        run = learn_down(model, scored, spectrum, layers, batches, args.ratio, args.steps, args.lr,
-                         args.learn, progress=True)
-        report.write_each(run, "SoCo", layers, places, tokenizer)
+        models = learn_down(model, scored, spectrum, batches, args.ratio, args.steps, args.lr, args.learn,
+                            progress=True)
+        run.write_each(models, "SoCo")
 
 
 if __name__ == "__main__":

@@ -574,7 +574,7 @@ def test_what_is_scored_without_learning_repeats_no_baseline(basis):
     layers = block_layers(model)
     students = soco.scored_layers(model, layers, [tokens(2, 16)], basis)
     report = SimpleNamespace(score=lambda key, label, ratio, new: keys.append((key, len(new))))
-    soco.score_unlearned(report, basis, layers, students, Spectrum(list(students.values()), 1), 0.3)
+    soco.score_unlearned(report, basis, students, Spectrum(list(students.values()), 1), 0.3)
     wanted = ["svd_kfac", "svd_global"] if basis == "two-sided" else ["svd_global"]
     assert keys == [(key, len(layers)) for key in wanted]
 
@@ -586,7 +586,7 @@ def test_steps_follow_the_ratio_and_each_ratio_of_a_run_gets_its_share(monkeypat
         compress(tiny_gpt2(), [tokens(2, 16)], ratio, group=1)
     model, batches = tiny_llama(), [tokens(2, 16)] * 20
     students, spectrum, _ = spectrum_of(model, batches[0])
-    run = soco.learn_down(model, students, spectrum, block_layers(model), batches, [0.2, 0.3, 0.5], 20, 0.02)
+    run = soco.learn_down(model, students, spectrum, batches, [0.2, 0.3, 0.5], 20, 0.02)
     assert [until for until, _ in run] == [8, 12, 20]
     assert calls == [(1, 160), (1, 440), (20, 8), (12, 4), (8, 8)]     # batches that are left, steps
 
@@ -667,7 +667,7 @@ def test_what_cannot_be_met_is_refused_before_a_layer_is_replaced(what):
 def test_the_learning_rate_goes_with_the_share_that_is_removed_and_the_rest_stays(ratio, learned):
     layers, batches = block_layers(model := tiny_gpt2()), [tokens(2, 16)]
     spectrum = soco.Spectrum(list((scored := soco.scored_layers(model, layers, batches)).values()), 1)
-    budget = soco.budget_for(layers, ratio)
+    budget = soco.budget_for(scored, ratio)
     soco.learn(model, scored, spectrum, batches, budget, 1, 0.1, learned)     # Adam's first step is the rate,
     for name in LEARNED:                                                      # warming up
         tensor, start = getattr(spectrum, name), 0 if name == "d" else 1
@@ -964,7 +964,7 @@ PASTED = {
     "LowRankPlusSparse": ("", "x = torch.eye(3); layer = LowRankPlusSparse(3, 2, 0, 2, bias=False); "
                           "layer.load_state_dict({'values': torch.ones(2), 'weight': torch.ones(1), "
                           "'mask': torch.tensor([34]).byte()}); layer.unpack(); same(layer(x), x[:, 1:])"),
-    "perplexity": ("Perplexity begun", "same(torch.tensor(perplexity(model, ids, 16).nll), "
+    "perplexity": ("Perplexity", "same(torch.tensor(perplexity(model, ids, 16).nll), "
                    "model(ids[None], labels=ids[None]).loss)"),
 }
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rpca
 import soco
 from bench.baselines import oats, sparsegpt
-from eval_ppl import Parser, UserError, perplexity, run, say
+from eval_ppl import Parser, UserError, run, say, score
 
 
 class Bench:
@@ -72,9 +72,9 @@ class Bench:
 
     def run_of_soco(self):
         """Yield (ratio, (steps, {layer: new one})) of one run down through the ratios."""
-        scored, layers = self.fresh_scored(*self.inputs), self.inputs[1]
+        scored = self.fresh_scored(*self.inputs)
         spectrum = soco.Spectrum(list(scored.values()), group=8)
-        run = soco.learn_down(self.model, scored, spectrum, layers, self.batches, self.args.ratio, self.steps,
+        run = soco.learn_down(self.model, scored, spectrum, self.batches, self.args.ratio, self.steps,
                               self.args.lr, progress=True)
         yield from zip(self.args.ratio, run)
 
@@ -97,11 +97,9 @@ class Bench:
                 for _, layer, metric in self.metrics()}
 
     def perplexity(self, new):
-        args = self.args
         with soco.swapped(self.model, new):
-            ppl, nll, _ = perplexity(self.model, self.evaluation, args.eval_seqlen, args.eval_stride,
-                                     args.eval_blocks, bos=args.bos)
-        return {"ppl": ppl, "nll": nll}
+            found, _ = score(self.model, self.evaluation, self.args)
+        return {"ppl": found.ppl, "nll": found.nll}
 
 
 def finished_at_1(scored):
