@@ -579,18 +579,22 @@ def learn_gains(model, drafts, batches, ratio, first, until, lr=LR, progress=Fal
 
 # ---- the baselines, and the command ----------------------------------------------------------------
 
+def keep_largest(A, worth, ratio):
+    """A [m, n], but zero where `worth` [m, n] is not among the largest (1 - ratio) of its row."""
+    top = worth.topk(int((1 - ratio) * A.shape[1] + 1e-6), dim=1).indices  # 1 - 0.9 is a little less than 0.1
+    return torch.zeros_like(A).scatter(1, top, A.gather(1, top))
+
+
 def magnitude(W, G, ratio):
-    """The largest entries of a matrix, (1 - ratio) of them."""
-    flat = W.flatten()
-    top = flat.abs().topk(int((1 - ratio) * len(flat) + 1e-6)).indices  # 1 - 0.9 is a little less than 0.1
-    return torch.zeros_like(flat).scatter(0, top, flat[top]).view_as(W)
+    """The largest entries of a matrix."""
+    flat = W.reshape(1, -1)
+    return keep_largest(flat, flat.abs(), ratio).view_as(W)
 
 
 def wanda(W, G, ratio):
     """Wanda (Sun et al. 2024, arXiv 2306.11695): in every row, the largest |W| D; D [n] is the inputs' root
     mean square."""
-    top = (W.abs() * G.diagonal().sqrt()).topk(int((1 - ratio) * W.shape[1] + 1e-6), dim=1).indices
-    return torch.zeros_like(W).scatter(1, top, W.gather(1, top))
+    return keep_largest(W, W.abs() * G.diagonal().sqrt(), ratio)
 
 
 def pruned(layer, prune, G, ratio):

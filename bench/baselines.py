@@ -5,10 +5,7 @@ the papers each block sees the outputs of the pruned blocks before it).
 """
 import torch
 
-
-def share(ratio, count):
-    """(1 - ratio) count, rounded down; 1 - 0.9 is a little less than 0.1."""
-    return int((1 - ratio) * count + 1e-6)
+from rpca import keep_largest
 
 
 def sparsegpt(W, G, ratio, damping=0.01, block=128):
@@ -41,17 +38,11 @@ def oats(W, G, ratio, rank_share=0.25, rounds=80):
     is one step of subspace iteration from the round before.
     """
     (m, n), D = W.shape, G.diagonal().sqrt()
-    A, rank = W * D, int(rank_share * share(ratio, m * n) / (m + n))
+    A, rank = W * D, int(rank_share * (1 - ratio) * m * n / (m + n))
     S, V = torch.zeros_like(A), torch.linalg.svd(A, full_matrices=False)[2][:rank].T
     for _ in range(rounds):
         U = torch.linalg.qr((A - S) @ V)[0]
         V, small = torch.linalg.qr((A - S).T @ U)
         L = U @ small.T @ V.T
-        S = top_per_row(A - L, share(ratio + rank_share * (1 - ratio), n))
+        S = keep_largest(A - L, (A - L).abs(), ratio + rank_share * (1 - ratio))
     return (L + S) / D.clamp_min(1e-12)
-
-
-def top_per_row(A, k):
-    """A with all but the k largest magnitudes of each row set to zero."""
-    index = A.abs().topk(k, dim=1).indices
-    return torch.zeros_like(A).scatter(1, index, A.gather(1, index))
