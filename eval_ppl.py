@@ -407,7 +407,9 @@ def run(main, *bad_input):
     defect keeps its traceback. Of several processes that torchrun started, the first alone prints, but for
     failures.
     """
+    import huggingface_hub.utils.logging
     from transformers.utils import logging
+    huggingface_hub.utils.logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")

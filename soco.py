@@ -1196,9 +1196,9 @@ def block_parameters(model, shapes, pruned=False):
 
 
 def peak_memory(device):
-    """Bytes: most allocated on a CUDA device so far, else the most this process has had in main memory."""
+    """Bytes: most allocated on CUDA devices so far, else the most this process has had in main memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
