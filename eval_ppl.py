@@ -380,7 +380,10 @@ def load_scored(args, prefix="--"):
     if args.eval_stride > args.eval_seqlen:
         raise UserError(f"{prefix}stride {args.eval_stride} is longer than the window of {args.eval_seqlen}: "
                         f"it would skip text")
-    return model, tokenizer, load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
+    ids = load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
+    if args.bos is None and ids[0] == tokenizer.bos_token_id:
+        say(f"note: this tokenizer begins a text with {tokenizer.bos_token}; with --bos every block begins so")
+    return model, tokenizer, ids
 
 
 def score(model, ids, args, progress=lambda batches: batches):

@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
@@ -841,6 +841,17 @@ def test_bos_is_a_token_of_the_tokenizer_and_the_model():
     tokenizer.bos_token = None
     with pytest.raises(eval_ppl.UserError, match="--bos: .* no <bos>"):
         eval_ppl.first_token(model, tokenizer, eval_ppl.OWN_BOS)
+
+
+def test_where_the_tokenizer_begins_texts_and_blocks_do_not_bos_is_named(house, monkeypatch, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="w63 $A", special_tokens=[("w63", 63)])
+    monkeypatch.setattr(eval_ppl, "load_named", lambda args: (tiny_gpt2(), tokenizer))
+    for bos in (None, 63):
+        args = {"model": "", "eval": str(house / "test"), "bos": bos, "eval_seqlen": None, "eval_stride": None}
+        assert eval_ppl.load_scored(SimpleNamespace(**args))[2][0] == 63
+        assert ("--bos" in capsys.readouterr().out) == (bos is None)
 
 
 def test_texts_are_read_and_encoded_whole(tmp_path, monkeypatch):
