@@ -42,7 +42,7 @@ BUNDLED = str(Path(__file__).resolve().parent / "demo")           # a small GPT-
 
 
 class UserError(ValueError):
-    """Input that cannot be used. A command prints its message, one line with the way out, exits with 2."""
+    """Input that cannot be used. A command prints this line, with the way out; its exit code is 2."""
 
 
 class Perplexity(NamedTuple):
@@ -294,8 +294,9 @@ def window(model, flag, seqlen):
 # ---- the command line ---------------------------------------------------------------------------
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):                           # a default of None is told in words
-        return action.help if action.default is None else super()._get_help_string(action)
+    def _get_help_string(self, action):                           # unless its words tell the default
+        told = action.default is None or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -314,7 +315,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(low, high=2 ** 31):
-    """argparse type: a whole number from `low` to `high`; ValueError is an error there, named as here."""
+    """argparse type: a whole number from `low` to `high`; argparse names it in its errors as here."""
     def whole_number(text):
         if not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
@@ -323,7 +324,7 @@ def whole(low, high=2 ** 31):
 
 
 def between(low, high, or_low=False):
-    """argparse type: a number between `low` and `high`, which are excluded, but `low` not with or_low."""
+    """argparse type: a number between `low` and `high`, both excluded; with or_low, `low` may be."""
     def number(text):
         if not (low < float(text) < high or or_low and float(text) == low):
             ends = "from {} to below {}" if or_low else "between {} and {}, both excluded"
@@ -339,7 +340,8 @@ def device_map(text):
 
 def add_model_flags(parser):
     add = parser.add_argument
-    add("--model", default=BUNDLED, help="folder or hub id of a causal language model, dense or compressed")
+    add("--model", default=BUNDLED, help="folder or hub id of a causal language model, dense or "
+        "compressed (default: a small GPT-2 in demo/)")
     add("--revision", help="of a hub model: a branch, tag or commit")
     add("--trust-remote-code", action="store_true", help="run the Python code that a hub model brings along")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA if there is one")
@@ -382,7 +384,7 @@ def load_scored(args, prefix="--"):
                         f"it would skip text")
     ids = load_tokens(model, tokenizer, args.eval, "test", args.eval_seqlen)
     if args.bos is None and ids[0] == tokenizer.bos_token_id:
-        say(f"note: this tokenizer begins a text with {tokenizer.bos_token}; with --bos every block begins so")
+        say(f"note: the tokenizer begins a text with {tokenizer.bos_token}; with --bos every block begins so")
     return model, tokenizer, ids
 
 

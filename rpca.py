@@ -3,8 +3,8 @@
     python rpca.py                                  # a bundled 1.9M-parameter GPT-2, offline, on a laptop
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
-The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D so that the square of
-an entry is the loss it is predicted to cost, is split by principal component pursuit,
+The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D (below) so that the
+square of an entry is the loss it is predicted to cost, is split by principal component pursuit,
 
     min |L|_* + lam |S|_1   with  L + S = W:     L = U diag(sigma) V low-rank,  S sparse.
 
@@ -13,14 +13,15 @@ budget for the whole model,
 
     sum p_sigma (m + n) + sum p_S  <=  (1 - ratio) * parameters in the block weights.
 
-The paper learns them by policy gradient from the loss on calibration text (`--estimator policy`). The default
-drives the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, R_i S_ij^2 D_j^2, where
-D_j^2 = E[x_j^2] of the inputs and R_i makes a row of W sum to its Fisher information, E[g_i^2 sum_j W_ij^2
-x_j^2]. Predictions are tempered (`Draft.temper`), entries go in rounds, and L, fitted from robust PCA's row
-space (`alternate`), gets a share of what a matrix may keep where that lowers its loss. *Then* the kept values
-are refitted to the dense layer's outputs, and gains of every matrix, y = a * (L + S)(c * x), are learned as
-in soco.py and folded in: they cost nothing. Each layer is stored as two factors of L of equal norms
-(U sqrt(sigma), sqrt(sigma) V), a bitmask and the values of S (the sparse part; in soco.py S is the score).
+The paper learns the p by policy gradient from the loss on calibration text (`--estimator policy`). The
+default drives the p of entries to 0 or 1 by the loss that dropping them is predicted to cost, R_i S_ij^2
+D_j^2, where D_j^2 = E[x_j^2] of the inputs and, with g the loss's gradients at the outputs, R_i makes a row
+of W sum to its Fisher information, E[g_i^2 sum_j W_ij^2 x_j^2]. Predictions are tempered (`Draft.temper`),
+entries go in rounds, and L, fitted from robust PCA's row space (`alternate`), gets a share of what a matrix
+may keep where that lowers its loss. *Then* the kept values are refitted to the dense layer's outputs, and
+gains of every matrix, y = a * (L + S)(c * x), are learned as in soco.py and folded in: they cost nothing.
+Each layer is stored as two factors of L of equal norms (U sqrt(sigma), sqrt(sigma) V), a bitmask and the
+values of S (the sparse part; in soco.py S is the score).
 """
 import signal
 import sys
@@ -107,7 +108,7 @@ def singular_value_threshold(A, tau, nearby=None):
     From the eigenvectors Q of the smaller Gram matrix: with A [..., m, n], m <= n, L = Q diag(shrunk / sigma)
     Q^T A. In float32, singular values under 1e-3 of the largest are lost in rounding. nearby [..., m, k]: U
     of a matrix near A; if it has few columns, A is first projected on their span, widened. A singular value
-    that has just risen above tau can so be missed for a call or two.
+    that has just risen above tau can thus be missed for a call or two.
     """
     projected = nearby is not None and 4 * (nearby.shape[-1] + 10) < min(A.shape[-2:])
     if A.shape[-2] > A.shape[-1]:
@@ -157,7 +158,8 @@ def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generato
 
     loss_of(masks, step) -> loss of one draw. Each step draws masks ~ Bernoulli(p) and moves p by
     -lr (loss - baseline) score_function, the baseline being the mean of the last `window` losses; then p is
-    projected. progress: wraps the iterable of steps, as tqdm does.
+    projected. p, cost, budget: as for `project`. progress: wraps the iterable of steps, as tqdm does.
+    Raises FloatingPointError for a loss that is not finite.
     """
     losses = []
     for step in progress(range(steps)):
@@ -216,8 +218,8 @@ def refit(T, S, mask, G, iterations=8, damping=1e-2):
 
 
 def alternate(Q, V, budget, rounds=3):
-    """Rank-k L = (L_U, V) [m, k], [k, n] for Q = L + S with `budget` parameters, from a start V [k, n] of
-    its row space.
+    """Factors U [m, k] and V [k, n] of L = U V in Q [m, n] = L + S, which has `budget` parameters, from a
+    start V of its row space.
 
     S takes the largest entries of Q - L that the budget leaves, L the best rank k of Q - S, in turn; the
     rank-k approximation is one step of subspace iteration a round.
@@ -400,9 +402,10 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
     gains, by default STEPS * ratio; lr: their rate, times the ratio. estimator: of the masks, "metric" or
     "policy" (the paper's). rank_share: of the parameters that each matrix may keep, for its L ("metric").
     rounds: of pruning and refitting, or of the policy over the batches (the paper: 3). scale: whether the
-    metric decides. refitted: whether kept values are refitted. keep: what prunes ("metric"), default
-    keep_worthiest. Raises CannotCompress before any work for settings that cannot be met, FloatingPointError
-    for a loss not finite.
+    metric, which is measured on all batches, decides. refitted: whether kept values are refitted.
+    keep(drafts, count): what prunes to so many entries ("metric"), default keep_worthiest. seed: of the
+    policy. Raises CannotCompress before any work for settings that cannot be met, FloatingPointError for
+    sums, a loss or a gradient not finite.
     """
     layers, batches = block_layers(model), list(batches)
     check_inputs(batches, ratio)
@@ -586,7 +589,7 @@ def keep_largest(A, worth, ratio):
 
 
 def magnitude(W, G, ratio):
-    """The largest entries of a matrix."""
+    """W [m, n], but zero where an entry is not among the largest (1 - ratio) of all; G is not used."""
     flat = W.reshape(1, -1)
     return keep_largest(flat, flat.abs(), ratio).view_as(W)
 

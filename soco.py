@@ -10,12 +10,12 @@ offset d of the outputs, where U diag(sigma) V is its singular value decompositi
 paper's, cost nothing, as they fold into the factors, and help where S and d have done what they can. What is
 kept is chosen again and again by what the *learned* scores say a component is worth,
 
-    F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, in one currency,
+    F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, in one currency
 
-in three stages of one run:  1 *descend*: the kept share falls from 1 to the target;  2 *swing*: it swings
-around the target, and components dropped too early come back;  3 *polarise*: the choice is final, dropped
-scores are zero for good, and the survivors' scores grow to make up for them.  Then each layer is stored as
-two thin products, or dense where that costs less.
+(L is the loss, the mean E over tokens), in three stages of one run:  1 *descend*: the kept share falls from 1
+to the target;  2 *swing*: it swings around the target, and components dropped too early come back;  3
+*polarise*: the choice is final, what is dropped stays out, and the survivors' scores grow to make up for it.
+Then each layer is stored as two thin products, or dense where that costs less.
 """
 import signal
 import sys
@@ -551,8 +551,9 @@ def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR,
 
     batches: token ids [batch, length], an iterable; repeated when `steps` need more; the metric is measured
     on the first `metric_batches`. steps: of learning, by default STEPS * ratio; 0 chooses without it. basis:
-    of the decomposition. learned: which of S, a, c and d. group: ranks are multiples of it. Raises
-    CannotCompress before any work for what cannot be met, FloatingPointError for a loss not finite.
+    of the decomposition. lr: Adam's rate, times the ratio. learned: which of S, a, c and d. stages: the parts
+    of the steps that descend, swing and polarise. group: ranks are multiples of it. Raises CannotCompress
+    before any work for what cannot be met, FloatingPointError for sums, a loss or a gradient not finite.
     """
     batches, layers = list(batches), block_layers(model)
     check(layers, batches, ratio, steps, basis, stages, group, learned)
@@ -739,10 +740,10 @@ def train(model, students, learned, groups, batches, steps, falling, before_step
     on `batches` of token ids [batch, length]. The model itself is left as it was.
 
     learned: names of the students' parameters that get gradients; they are, or are views of, the tensors of
-    `groups`, which Adam moves, and which have a .grad. steps: a range; step i reads batch i, and begins anew
-    after the last. Adam's rates rise over the first five steps, are held, and fall to zero over the last part
-    `falling`. before_step(step, optimizer) returns words for the progress bar. Raises FloatingPointError for
-    a loss or a gradient that is not finite.
+    `groups`, which Adam moves, and which have a .grad. steps: a range; step i reads batch i; after the last
+    batch they begin anew. Adam's rates rise over the first five steps, are held, and fall to zero over the
+    last part `falling`. before_step(step, optimizer) returns words for the progress bar. Raises
+    FloatingPointError for a loss or a gradient that is not finite.
     """
     tensors = [tensor for group in groups for tensor in group["params"]]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
@@ -1013,7 +1014,7 @@ def add_run_flags(parser, steps=STEPS):
     add("--lr", type=between(0, 10), default=LR, help="Adam's learning rate, times the ratio")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--no-baselines", action="store_true", help="do not measure the baselines")
-    add("--seed", type=whole(0), default=0, help="of the choice of calibration blocks and of drawn labels")
+    add("--seed", type=whole(0), default=0, help="of calibration blocks, of drawn labels, of the policy")
     add("--out", help="folder to write, new or empty; each of several ratios gets its own in it (default: a "
                       "fresh one under out/)")
 
@@ -1167,7 +1168,9 @@ class Run:
             f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB; seconds {self.seconds}")
         say(f"written to {place[1]}; score it again with: python eval_ppl.py --model {place[1]} --eval "
             f"{self.args.eval} --seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}"
-            + (f" --bos {self.args.bos}" if self.args.bos is not None else ""))
+            + (f" --bos {self.args.bos}" if self.args.bos is not None else "")
+            + (f" --blocks {self.args.eval_blocks}" if self.args.eval_blocks else "")
+            + (f" --dtype {self.args.dtype}" if self.args.dtype != "auto" else ""))
 
 
 def allocation(layers):

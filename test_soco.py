@@ -849,8 +849,8 @@ def test_where_the_tokenizer_begins_texts_and_blocks_do_not_bos_is_named(house, 
         single="w63 $A", special_tokens=[("w63", 63)])
     monkeypatch.setattr(eval_ppl, "load_named", lambda args: (tiny_gpt2(), tokenizer))
     for bos in (None, 63):
-        args = {"model": "", "eval": str(house / "test"), "bos": bos, "eval_seqlen": None, "eval_stride": None}
-        assert eval_ppl.load_scored(SimpleNamespace(**args))[2][0] == 63
+        args = SimpleNamespace(model="", eval=f"{house}/test", bos=bos, eval_seqlen=None, eval_stride=None)
+        assert eval_ppl.load_scored(args)[2][0] == 63
         assert ("--bos" in capsys.readouterr().out) == (bos is None)
 
 

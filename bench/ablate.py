@@ -4,8 +4,8 @@
     python bench/ablate.py cap --model FOLDER --calib FILE --eval FILE --eval-blocks 20
     python bench/ablate.py frontier --ratio 0.1 0.2 0.3 0.4 0.5 0.6 0.7
 
-Variants are runs of `compress` itself; the frontier's SoCo and CAP are one run each, down through the ratios.
---steps and --lr are SoCo's; CAP has its defaults.
+Variants of SoCo and CAP are runs of `compress` itself; the frontier's are one run each, down through the
+ratios. --steps and --lr are SoCo's; CAP has its defaults. --out and --no-baselines do nothing.
 Results go to bench/results/TABLE-MODEL-SEED.json after each; what is there already is not scored again, so
 that a run goes on where it was stopped, and ratios can be added later.
 """
@@ -160,7 +160,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("table", choices=list(TABLES))
     soco.add_run_flags(parser)
-    parser.add_argument("--only", default="", help="run only variants whose name holds this")
+    parser.add_argument("--only", default="", help="run only variants whose name holds this (default: all)")
     args = parser.parse_args()
     bench = Bench(args)
     settings = {key: value for key, value in vars(args).items() if key not in ("table", "only", "ratio")}

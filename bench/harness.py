@@ -6,8 +6,8 @@
 
 The harness brings no multiple-choice task that works without a download; `next_passage` is made here, of a
 text with a paragraph a line. Without --tasks the text is scored twice, by the harness and by eval_ppl.py. The
-harness scores every token once, in windows of L tokens after one token of context: eval_ppl.py's sliding
-window of L + 1 tokens with stride L, over the text after the harness's prefix token.
+harness scores every token once, in windows of 128 tokens after one token of context: eval_ppl.py's sliding
+window of 129 tokens with stride 128, over the text after the harness's prefix token.
 """
 import json
 import math

@@ -4,8 +4,9 @@
     python bench/plan.py --model llama-7b --time 4                 # 1 and 4 random blocks, scaled up to all
     python bench/plan.py --table                                   # known shapes on 24 and 80 GB
 
-Memory: weights, factors or drafts, the metric's sums over a group of blocks, what a forward pass keeps for
-the backward pass. Not planned: the policy gradient, and what several processes send each other.
+Memory: weights, factors (soco.py) or drafts (rpca.py), the metric's sums over a group of blocks, what a
+forward pass keeps for the backward pass. Not planned: the policy gradient, and what several processes send
+each other.
 """
 import sys
 import tempfile
