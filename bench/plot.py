@@ -40,6 +40,8 @@ def frontier(report):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     with open(sys.argv[1]) as file:
         report = json.load(file)
     draw = allocation if "layers" in report else frontier
