@@ -1407,7 +1407,8 @@ def test_folders_score_the_same_again_and_a_hub_model_on_the_test_split_of_wikit
     found = float(re.match(r"perplexity (\S+)", out)[1])
     assert (code, err, found) == (0, "", pytest.approx(report["ppl"]["compressed"], rel=1e-5))
     assert all(f"{name} {value}" in out for name, value in report["eval"].items())
-    assert re.search("eval_ppl.py .*--model (.*) --eval stdlib --seqlen 64 --stride 64", forked[1]["soco"][1])
+    assert re.search("eval_ppl.py .*--model (.*) --eval stdlib --seqlen 64 --stride 64 --blocks 20\n",
+                     forked[1]["soco"][1])
     report = metrics(forked[0] / "hub")
     assert forked[1]["hub"][::2] == (0, "") and report["calib"] == "wikitext2" == report["eval"]["data"]
     assert report["eval"]["tokens"] == 900 // 64 * 63
@@ -1426,7 +1427,8 @@ def test_help_shows_every_flag(script, command):
 def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(script, command, tmp_path):
     line = "--no-baselines --ratio 0.3 0.5 --seed 3 --eval-seqlen 16 --eval-stride 8 --bos --out 1"
     line += " --device-map cpu" if importlib.util.find_spec("accelerate") else ""
-    assert command(script, line)[::2] == (0, "")
+    code, out, err = command(script, line)
+    assert (code, err) == (0, "") and out.count("--seqlen 16 --stride 8 --bos 63 --blocks 3\n") == 2
     assert {path.name for path in tmp_path.glob("1/*")} == {"0.3", "0.5"}
     for ratio in (0.3, 0.5):
         report = metrics(tmp_path / "1" / str(ratio))
