@@ -160,7 +160,8 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("table", choices=list(TABLES))
     soco.add_run_flags(parser)
-    parser.add_argument("--only", default="", help="run only variants whose name holds this (default: all)")
+    parser.add_argument("--only", nargs="+", default=[""], help="run only variants whose name holds one of"
+                        " these (default: all)")
     args = parser.parse_args()
     bench = Bench(args)
     settings = {key: value for key, value in vars(args).items() if key not in ("table", "only", "ratio")}
@@ -174,7 +175,7 @@ def main():
 
     def score(variant, make, reference):
         variants = results["variants"]
-        if variant in variants or args.only not in variant and variant != "dense":
+        if variant in variants or variant != "dense" and not any(part in variant for part in args.only):
             return
         torch.manual_seed(args.seed)
         start = time.perf_counter()
