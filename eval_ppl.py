@@ -144,10 +144,8 @@ TEXTS = {"wikitext2": wikitext2, "stdlib": stdlib}
 
 def load_text(name, split):
     """The text called `name`, wikitext2 or stdlib, in its train or test split, or the text file `name`."""
-    if name not in TEXTS and not Path(name).is_file():
-        raise UserError(f"{name!r} is no text: give a text file, or one of {', '.join(TEXTS)}")
     try:
-        return TEXTS[name](split) if not Path(name).is_file() else Path(name).read_text(encoding="utf-8")
+        return TEXTS[name](split) if name in TEXTS else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, StopIteration, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read text {name!r} ({type(error).__name__}): give a UTF-8 text file, "
                         f"wikitext2 (needs the hub) or stdlib") from error
@@ -234,7 +232,8 @@ def load_model(name, device, dtype, device_map=None, **options):
     blocks = [len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     if blocks and not any(blocks):
         raise UserError(f"--model {name}: it has no blocks; mend its config.json")
-    bad = next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
+    bad = next((key for key, value in model.state_dict().items()
+                if not (value.is_meta or value.isfinite().all())), None)     # meta: offloaded
     if bad:
         raise UserError(f"--model {name}: tensor {bad} holds NaN or infinity in {dtype}; "
                         f"mend the weights or use --dtype float32")
@@ -369,7 +368,7 @@ def add_text_flags(parser, prefix="--"):
 
 
 def default_text(model):
-    return "stdlib" if model == BUNDLED else "wikitext2"
+    return "stdlib" if Path(model).resolve() == Path(BUNDLED) else "wikitext2"
 
 
 def load_scored(args, prefix="--"):
@@ -440,8 +439,8 @@ def run(main, *bad_input):
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not memory and "can't allocate memory" not in str(error):
             raise
-        fail(f"out of memory: {str(error).partition(chr(10))[0]}; give a smaller --batch-size or --seqlen, "
-             f"or --device-map")
+        fail(f"out of memory: {str(error).partition(chr(10))[0]}; give a smaller --seqlen or batch, or "
+             f"--device-map")
     except KeyboardInterrupt:
         print(f"{script}: interrupted, nothing half written is left", file=sys.stderr)
         sys.exit(130)

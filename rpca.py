@@ -20,7 +20,7 @@ of W sum to its Fisher information, E[g_i^2 sum_j W_ij^2 x_j^2]. Predictions are
 entries go in rounds, and L, fitted from robust PCA's row space (`alternate`), gets a share of what a matrix
 may keep where that lowers its loss. *Then* the kept values are refitted to the dense layer's outputs, and
 gains of every matrix, y = a * (L + S)(c * x), are learned as in soco.py and folded in: they cost nothing.
-Each layer is stored as two factors of L of equal norms (U sqrt(sigma), sqrt(sigma) V), a bitmask and the
+Each layer is stored as two factors of L (U sqrt(sigma), sqrt(sigma) V, times the gains), a bitmask and the
 values of S (the sparse part; in soco.py S is the score).
 """
 import signal
@@ -49,8 +49,8 @@ from soco import (KINDS, LR, PACKERS, SOURCES, CannotCompress, Run, add_run_flag
 
 class RPCA(NamedTuple):
     U: torch.Tensor          # [..., m, k] orthonormal columns
-    sigma: torch.Tensor      # [..., k] singular values of L, falling; a batch is padded with zeros
-    V: torch.Tensor          # [..., k, n] orthonormal rows, zeros where padded: L = U diag(sigma) V
+    sigma: torch.Tensor      # [..., k] singular values of L, falling; a batch is padded with zeros,
+    V: torch.Tensor          # [..., k, n] orthonormal rows, and so is V (U if m > n): L = U diag(sigma) V
     S: torch.Tensor          # [..., m, n] the sparse part
     residuals: list          # |W - L - S|_F / |W|_F after each iteration, the largest of a batch
 
@@ -370,8 +370,8 @@ class Draft(nn.Module):
         return self.scaled(self.S).square() / self.level
 
     def loss_with(self, U, V, budget, G):
-        """Predicted loss tr(R (W - W') G (W - W')^T) of `budget` parameters, L = U V among them, the entries
-        refitted."""
+        """Set L to U V, and return the predicted loss, tr(R (W - W') G (W - W')^T), of `budget` parameters,
+        those of L among them, the entries refitted."""
         self.set_low_rank(U, V)
         T = self.target()
         worth = self.scaled(T).square().flatten()
@@ -423,9 +423,9 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
     return install(model, "cap", layers, new)
 
 
-def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *measured: None):
+def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *_: None):
     """A Draft of each of `layers` {name: layer}; visit(layer, metric) sees each metric. Of the Gram matrices,
-    those that take half of what is free stay on the devices, and the others go to main memory."""
+    up to half of what is free stay on the devices, and the others go to main memory."""
     room = min(free_memory(layer.weight.device) for layer in layers.values()) // 2
     drafts, latest = [], (None, None)
     for _, layer, metric in measured(model, layers, batches, progress, by_row=True):
@@ -517,8 +517,8 @@ def choose_by_metric(drafts, ratio, rounds, keep, refitted, progress):
     """Stage 2 by the metric: drop the entries of least predicted loss in the whole model, refit, and again.
 
     The expected loss of independent Bernoulli masks grows by worth (1 - p) for every entry, so its gradient
-    drives p to 1 above one price for the whole model and to 0 below. The worth changes as the survivors make
-    up for what is gone: hence in rounds, each dropping less than the one before.
+    drives p to 1 above one tempered price for the whole model and to 0 below. The worth changes as the
+    survivors make up for what is gone: hence in rounds, each dropping less than the one before.
     """
     for draft in drafts:
         draft.temper(ratio)

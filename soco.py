@@ -31,9 +31,9 @@ import inspect
 import itertools
 import json
 import math
-import operator
 import os
 import re
+import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -57,14 +57,13 @@ def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
     taken back to W. In float64, by an eigendecomposition of its smaller Gram matrix. Each damping is a part
     of the mean of a diagonal.
     """
-    A = W.double()
     L = None if G is None else cholesky(G, damping)
     C = None if R is None else cholesky(R, output_damping)
-    A = A if L is None else A @ L
+    A = W.double() if L is None else W.double() @ L
     A = A if C is None else C.T @ A
     if wide := A.shape[0] <= A.shape[1]:
         A = A.T
-    Q = torch.linalg.eigh(A.T @ A)[1].flip(1)                         # right singular vectors, falling sigma
+    Q = torch.linalg.eigh(A.T @ A)[1].flip(1)                         # A's right singular vectors, falling
     AQ = A @ Q                                                        # U diag(sigma): A = (A Q) Q^T exactly
     sigma = AQ.norm(dim=0)
     AQ = AQ / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
@@ -90,12 +89,12 @@ def choose(worth, m, n, budget, group=8):
     """Which components of N matrices to keep within a budget of parameters: keep [N, r], boolean.
 
     worth [N, r]: the loss of dropping each component, -1 where a matrix has none; m, n [N]: the shapes. Ranks
-    are multiples of `group`, at least one group, or all: the matrix then goes dense if that is cheaper. The
-    worth of a matrix's best k components over their cost is a concave curve, and dense one more point: their
-    upper hull is a list of steps of falling worth per parameter. The steps of all matrices are bought in that
-    order, as far as the budget goes, and if the next is a step to dense, as many groups of its matrix as
-    still fit: less than one group of one matrix is left over. All that is read back from the device is
-    whether worth has a NaN, a ValueError.
+    are multiples of `group`, at least one if the budget allows, or all: the matrix then goes dense if that is
+    cheaper. The worth of a matrix's best k components over their cost is a concave curve, and dense one more
+    point: their upper hull is a list of steps of falling worth per parameter. The steps of all matrices are
+    bought in that order, as far as the budget goes, and if the next is a step to dense, as many groups of its
+    matrix as still fit: less than one group of one matrix is left over. All that is read back from the device
+    is whether worth has a NaN, a ValueError.
     """
     if worth.isnan().any():
         raise ValueError("the worth of a component is NaN")
@@ -116,10 +115,10 @@ def choose(worth, m, n, budget, group=8):
     groups = torch.zeros_like(bought).scatter(0, turn, bought).view_as(value)
     groups = (groups & (index <= last)).sum(1)
     k = torch.where(groups > last[:, 0], full, torch.minimum(group * groups, full))
-    next_one = turn[bought.sum().clamp_max(len(turn) - 1)] // len(index)
+    next_one = turn[bought.sum().clamp_max(len(turn) - 1)[None]] // len(index)
     left = budget - stored_parameters(k, m, n).sum()
     more = torch.div(left, step[next_one], rounding_mode="floor").long() * group
-    k = torch.minimum(k.scatter_add(0, next_one[None], more[None]), full)
+    k = torch.minimum(k.scatter_add(0, next_one, more), full)
     keep = torch.arange(r, device=k.device) < k[:, None]
     return torch.zeros_like(keep).scatter(1, order, keep)
 
@@ -254,14 +253,17 @@ class CannotCompress(ValueError):
 def block_layers(model):
     """{name: layer} of every nn.Linear and Conv1D inside the model's repeated blocks (its ModuleLists).
 
-    Raises CannotCompress for a model without any, for one that is quantized, compressed or not in memory, and
-    for one with experts in 3-D parameters.
+    Raises CannotCompress for a model without any, for one that is quantized, compressed, not in memory or
+    unknown to AutoModelForCausalLM, and for one with experts in 3-D parameters.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None:
         raise CannotCompress(f"{kind} has no config: give a model of transformers")
     if getattr(config, "quantization_config", None) or getattr(config, "compressed", None):
         raise CannotCompress(f"{kind} is quantized or compressed already: give the dense model")
+    if type(config) not in AutoModelForCausalLM._model_mapping:       # a model that brings its own code
+        raise CannotCompress(f"AutoModelForCausalLM does not know {type(config).__name__}, so what is saved "
+                             f"would not load: give a model of transformers, or register it")
     layers, inside = {}, block_prefixes(model)
     for name, module in model.named_modules():
         stacks = [key for key, p in module.named_parameters(recurse=False) if p.ndim == 3]
@@ -369,17 +371,15 @@ def process():
 
 def average(*tensors):
     """Replace each tensor, in place, by its mean over the processes."""
-    if process()[1] > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= process()[1]
+    for tensor in tensors if process()[1] > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= process()[1]
 
 
 def as_the_first(tensors):
     """Replace each tensor by that of the first process: no rounding may lead to different choices."""
-    if process()[1] > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+    for tensor in tensors if process()[1] > 1 else ():
+        dist.broadcast(tensor, 0)
     return tensors
 
 
@@ -397,13 +397,13 @@ class Metric(NamedTuple):
                          # or one number a row [m], E[g_i^2 e_i] / E[e_i] with e_i = sum_j W_ij^2 x_j^2
 
 
-def observe(model, layers, batches, see, progress=False, desc="metric"):
+def observe(model, layers, batches, see, progress=False, desc="metric", drawing=0):
     """Call see(name, x, g) with the inputs x [tokens, n] and the output gradients g [tokens, m] of each of
     `layers` {name: layer}, once a batch of token ids [batch, length]; returns the number of tokens.
 
     One pass forward and one backward of the whole model a batch. The labels are drawn from the model's own
     prediction: E[g g^T] is then the Fisher matrix, the curvature of KL(model || changed model), not that of
-    one text.
+    one text. They depend on torch's seed and the number `drawing`, and on nothing that was drawn before.
     """
     def watch(name, layer, inputs, output):
         x = inputs[0].detach()
@@ -411,15 +411,16 @@ def observe(model, layers, batches, see, progress=False, desc="metric"):
 
     hooks = [layer.register_forward_hook(functools.partial(watch, name)) for name, layer in layers.items()]
     hooks.append(model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()))
+    drawn = torch.Generator().manual_seed(torch.initial_seed() + drawing)
     tokens, precision = 0, torch.get_float32_matmul_precision()
     if model.dtype in (torch.bfloat16, torch.float16):
-        torch.set_float32_matmul_precision("high")                    # TF32 holds products of these exactly
+        torch.set_float32_matmul_precision("high")                    # TF32 holds numbers of these exactly
     try:
         with torch.enable_grad(), frozen(model):                      # gradients of outputs only
             for ids in bar(batches, progress, desc=desc, unit="batch"):
                 logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1)
                 p = logits.detach().softmax(-1, dtype=torch.float32)
-                p[torch.arange(len(p), device=p.device), draw(p, *ids.shape)] -= 1
+                p[torch.arange(len(p), device=p.device), draw(p, *ids.shape, drawn)] -= 1
                 logits.backward(p.to(logits.dtype))                   # the gradient of -log p[label]
                 tokens += ids.numel()
     finally:
@@ -429,12 +430,12 @@ def observe(model, layers, batches, see, progress=False, desc="metric"):
     return tokens
 
 
-def draw(p, batch, length):
-    """Labels [batch * length] drawn from distributions p [batch * length, vocab], by the CPU's random
-    numbers: the same on any device, and for any number of processes that share out a batch."""
+def draw(p, batch, length, generator):
+    """Labels [batch * length] drawn from distributions p [batch * length, vocab], by random numbers of the
+    CPU: the same on any device, and for any number of processes that share out a batch."""
     rank, processes = process()
-    u = torch.rand(batch * processes, length, device="cpu")[rank::processes].flatten().to(p.device)
-    total = p.cumsum(-1)
+    u = torch.rand(batch * processes, length, generator=generator, device="cpu")[rank::processes]
+    total, u = p.cumsum(-1), u.flatten().to(p.device)
     return torch.searchsorted(total, (u * total[:, -1])[:, None])[:, 0].clamp_max(p.shape[-1] - 1)
 
 
@@ -448,6 +449,8 @@ def collect_metric(model, layers, batches, progress=False, by_row=False):
     G, R, owner, latest = {}, {}, {}, {}
 
     def see(name, x, g):
+        if not len(x):                                                # of an expert that no token was sent to
+            return
         address = x.device, x.data_ptr(), x.shape                     # q, k and v read one tensor
         if latest.get("address") != address:
             latest.update(address=address, name=name, x=x)            # held: no other takes its memory
@@ -528,7 +531,7 @@ def set_prices(model, scored, batches, progress=False):
         student = scored[layers[name]]
         student.price += (F.linear(x, student.V).float() * (g @ student.U).float()).square().sum(0)
 
-    tokens = observe(model, layers, batches, see, progress, desc="prices")
+    tokens = observe(model, layers, batches, see, progress, desc="prices", drawing=1)
     for student in scored.values():
         average(student.price.div_(tokens))
 
@@ -549,11 +552,12 @@ def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR,
              stages=STAGES, group=8, metric_batches=METRIC_BATCHES, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
-    batches: token ids [batch, length], an iterable; repeated when `steps` need more; the metric is measured
-    on the first `metric_batches`. steps: of learning, by default STEPS * ratio; 0 chooses without it. basis:
-    of the decomposition. lr: Adam's rate, times the ratio. learned: which of S, a, c and d. stages: the parts
-    of the steps that descend, swing and polarise. group: ranks are multiples of it. Raises CannotCompress
-    before any work for what cannot be met, FloatingPointError for sums, a loss or a gradient not finite.
+    batches: token ids [batch, length], an iterable; repeated when `steps` need more; metric and prices are
+    measured on the first `metric_batches`. steps: of learning, by default STEPS * ratio; 0 chooses
+    without it. basis: of the decomposition. lr: Adam's rate, times the ratio. learned: which of S, a, c and
+    d. stages: the parts of the steps that descend, swing and polarise. group: ranks are multiples of it.
+    Raises CannotCompress before any work for what cannot be met, FloatingPointError for sums, a loss or a
+    gradient not finite.
     """
     batches, layers = list(batches), block_layers(model)
     check(layers, batches, ratio, steps, basis, stages, group, learned)
@@ -577,9 +581,10 @@ def check_inputs(batches, ratio):
 def check(layers, batches, ratio, steps, basis, stages, group, learned):
     """Refuse what `compress` cannot do."""
     check_inputs(batches, ratio)
-    if (steps or 0) < 0 or group < 1 or basis not in BASES or len(stages) != 3 or min(stages) < 0:
+    parts = len(stages) == 3 and min(stages) >= 0 and math.isclose(sum(stages), 1)
+    if (steps or 0) < 0 or group < 1 or basis not in BASES or not parts:
         raise CannotCompress(f"steps {steps}, group {group}, basis {basis!r} or stages {stages} cannot be: "
-                             f"give steps >= 0, group >= 1, a basis of {', '.join(BASES)}, three parts >= 0")
+                             f"give steps >= 0, group >= 1, a basis of {', '.join(BASES)}, three parts of 1")
     if not learned or not set(learned) <= set(LEARNED):
         raise CannotCompress(f"learned {learned!r} cannot be: give one or more of {', '.join(LEARNED)}")
     least = sum(min(group * sum(layer.weight.shape), layer.weight.numel()) for layer in layers.values())
@@ -647,11 +652,11 @@ class Spectrum:
             self.price[row, :rank], self.kept[row, :rank] = layer.price, layer.kept
         self.share()
 
-    def share(self, learned=LEARNED):
-        """Make price, kept and what is named in `learned` of every layer views of their rows."""
+    def share(self, names=LEARNED):
+        """Make price, kept and the tensors of these names of every layer views of their rows."""
         for row, (layer, rank) in enumerate(zip(self.layers, self.ranks)):
             layer.price, layer.kept = self.price[row, :rank], self.kept[row, :rank]
-            for name in learned:
+            for name in names:
                 tensor, size = getattr(self, name), rank if name == "S" else len(getattr(layer, name))
                 view = nn.Parameter(tensor.detach()[row, :size], getattr(layer, name).requires_grad)
                 view.grad = tensor.grad[row, :size]
@@ -667,22 +672,21 @@ class Spectrum:
         self.kept.copy_(self.choice(budget))
 
     def shrink(self, budget, optimizer):
-        """Drop for good what would not be kept within `budget`, if that is a tenth of what is there."""
-        keep = self.choice(budget)
-        ranks, sides = keep.sum(1).tolist(), [len(layer.U) + layer.V.shape[1] for layer in self.layers]
-        if sum(map(operator.mul, ranks, sides)) > 0.9 * sum(map(operator.mul, self.ranks, sides)):
+        """Drop for good what would not be kept within `budget`, if that is a tenth of the factors' size."""
+        keep, sides = self.choice(budget), (self.m + self.n)[:, None]
+        if (keep * sides).sum() > 0.9 * ((self.price >= 0) * sides).sum():
             return
+        self.ranks = keep.sum(1).tolist()
         order = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         self.price.masked_fill_(~keep, -1)
         state = optimizer.state.get(self.S, {}).values()
         moments = [moment for moment in state if moment.shape == self.S.shape]
         for tensor in (self.S.detach(), self.price, self.kept, *moments):
             tensor.copy_(tensor.gather(1, order))
-        for row, (layer, rank) in enumerate(zip(self.layers, ranks)):
+        for row, (layer, rank) in enumerate(zip(self.layers, self.ranks)):
             left = order[row, :rank].to(layer.U.device)
             layer.U, layer.V = layer.U[:, left], layer.V[left]
-        self.ranks = ranks
-        self.share("S")
+        self.share(["S"])
 
 
 def stage_and_target(step, steps, stages, start, budget):
@@ -801,6 +805,8 @@ class SavesItself:
     """What a compressed model adds to its dense class: save_pretrained writes what loads anywhere."""
 
     def save_pretrained(self, folder, state_dict=None, **options):
+        if options.get("push_to_hub"):
+            raise ValueError("this would upload no compressed.py: call push_to_hub() instead")
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         for name, spec in self.config.compressed["layers"].items():
             if spec["kind"] in PACKERS:
@@ -808,7 +814,8 @@ class SavesItself:
                 state_dict |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
                 spec["nonzeros"] = len(stored["values"])
         super().save_pretrained(folder, state_dict=state_dict, **options)
-        write_loader(Path(folder))
+        if options.get("is_main_process", True):
+            write_loader(Path(folder))
 
 
 def write_loader(folder):
@@ -884,7 +891,8 @@ class CompressedForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder, *args, config=None, output_loading_info=False, **options):
-        hub = {key: options[key] for key in options.keys() & {"revision", "subfolder", "cache_dir", "token"}}
+        hub = {key: options[key] for key in options.keys() & {
+            "revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies"}}
         stored, _ = PreTrainedConfig.get_config_dict(folder, **hub)
         index = Path(folder, "model.safetensors.index.json")
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
@@ -1147,7 +1155,7 @@ class Run:
             self.tokenizer.save_pretrained(folder)
             metrics = vars(self.args) | dict(
                 method=self.method, ratio=ratio,
-                command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                 compressible_params=total, kept_params=rows["compressed"]["kept"],
                 dense_bytes=self.dense_bytes,
                 file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
@@ -1166,8 +1174,9 @@ class Run:
         say(f"kept {metrics['kept_params'] / total:.4f} of {total:,} block parameters; file "
             f"{metrics['file_bytes'] / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB; peak memory "
             f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB; seconds {self.seconds}")
-        say(f"written to {place[1]}; score it again with: python eval_ppl.py --model {place[1]} --eval "
-            f"{self.args.eval} --seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}"
+        model, text = shlex.quote(str(place[1])), shlex.quote(self.args.eval)
+        say(f"written to {place[1]}; score it again with: python eval_ppl.py --model {model} --eval {text} "
+            f"--seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}"
             + (f" --bos {self.args.bos}" if self.args.bos is not None else "")
             + (f" --blocks {self.args.eval_blocks}" if self.args.eval_blocks else "")
             + (f" --dtype {self.args.dtype}" if self.args.dtype != "auto" else ""))
@@ -1193,7 +1202,7 @@ def block_parameters(model, shapes, pruned=False):
         count, mask = sum(p.numel() for p in layer.parameters()) - m * bias, 0
         sparse = layer.weight if pruned else getattr(layer, "S", None)
         if sparse is not None:
-            count, mask = count - (sparse == 0).sum().item(), m * n // 8
+            count, mask = count - (sparse == 0).sum().item(), -(-m * n // 8)
         parameters, size = parameters + count, size + count * layer.weight.element_size() + mask
     return parameters, size
 

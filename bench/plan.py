@@ -5,8 +5,8 @@
     python bench/plan.py --table                                   # known shapes on 24 and 80 GB
 
 Memory: weights, factors (soco.py) or drafts (rpca.py), the metric's sums over a group of blocks, what a
-forward pass keeps for the backward pass. Not planned: the policy gradient, and what several processes send
-each other.
+forward pass keeps for the backward pass. Not planned: the baselines' matrices (--no-baselines makes none),
+the policy gradient, and what several processes send each other.
 """
 import sys
 import tempfile
@@ -36,8 +36,8 @@ def kept(model, ids):
     return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in own)
 
 
-def memory(name, dtype, args, device):
-    """{phase: bytes} of a run on one device of `device` bytes, and the metric's passes over a batch."""
+def memory(name, dtype, args, capacity):
+    """{phase: bytes} of a run on one device of `capacity` bytes, and the metric's passes over a batch."""
     with FakeTensorMode():
         model, size = build(name, dtype, "cpu"), dtype.itemsize
         layers, ids = soco.block_layers(model), torch.zeros(args.batch_size, args.seqlen, dtype=torch.long)
@@ -53,7 +53,7 @@ def memory(name, dtype, args, device):
             metric = kept(model, ids) + read + (size + 8) * logits
     weights, entries = size * sum(p.numel() for p in model.parameters()), sum(m * n for m, n in shapes)
     inputs, outputs = 4 * sum(n * n for _, n in shapes), 4 * sum(m * m for m, _ in shapes)
-    blocks, free = model.config.num_hidden_layers, max(device - weights, 0)
+    blocks, free = model.config.num_hidden_layers, max(capacity - weights, 0)
     factors = size * sum(min(m, n) * (m + n) for m, n in shapes)
     factor = max(8 * (2 * m * m + 2 * n * n + 6 * m * n + 5 * min(m, n) ** 2) for m, n in shapes)
     drafts = size * entries + min(inputs, free / 2)
@@ -107,8 +107,9 @@ def main():
     add("--batch-size", type=whole(1), default=4, help="blocks a batch")
     add("--seqlen", type=whole(8), default=256, help="tokens a block")
     add("--memory", type=between(0, 1e6), default=24.0, help="of the device, GB")
-    add("--time", type=whole(2), help="blocks to time parts on, on CUDA if there is one")
-    add("--table", action="store_true", help="known shapes on 24 and 80 GB")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--time", type=whole(2), help="blocks to time parts on, on CUDA if there is one")
+    one("--table", action="store_true", help="known shapes on 24 and 80 GB")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     print("| GB | device | weights | SoCo, learning | SoCo, metric | CAP | fits |\n" + "| --- " * 7 + "|")

@@ -5,7 +5,8 @@
 Predicted: half the sum of the prices of what is dropped, nats a token, by K-FAC (sigma^2 of a component, and
 R_ii G_jj W_ij^2 of an entry) and by Fisher information (of an entry: its row's, shared out by G_jj W_ij^2).
 Measured: KL(dense || changed) on held-out calibration text. --out is the picture (default: prices.png). Of a
-run's other flags only those of the model, the calibration text, its batches, --bos and --seed matter.
+run's other flags only those of the model, the calibration text, its batches, --bos and --seed matter; --eval
+is loaded, and not used.
 """
 import sys
 from pathlib import Path

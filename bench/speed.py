@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rpca
 import soco
-from eval_ppl import Parser, add_model_flags, between, load_model, pick_device, pick_dtype, run, whole
+from eval_ppl import (Parser, add_model_flags, between, load_model, load_named, pick_device, pick_dtype, run,
+                      whole)
 
 SHAPES = {"llama-7b": (4096, 11008, 32, 32), "llama-13b": (5120, 13824, 40, 40),
           "llama-70b": (8192, 28672, 80, 8)}        # width, width in the MLP, blocks, key heads
@@ -60,7 +61,7 @@ def speeds(model, ids, tokens=64):
     return *times, decoding() if ids.is_cuda else math.nan, resident
 
 
-def low_rank(layer, ratio):
+def random_low_rank(layer, ratio):
     m, n = soco.matrix(layer).shape
     rank = max(int((1 - ratio) * m * n / (m + n)) // 8 * 8, 8)
     return soco.LowRankLinear(n, m, rank, device=layer.weight.device, dtype=layer.weight.dtype)
@@ -107,16 +108,15 @@ def main():
     add("--seqlen", type=whole(2), default=256, help="likewise")
     args = parser.parse_args()
     device = pick_device(args.device)
-    dtype, code = pick_dtype(args.dtype, device), {"trust_remote_code": args.trust_remote_code}
-    load = partial(load_model, device=device, dtype=dtype, device_map=args.device_map, **code)
-    shape = build(args.shape, dtype, device, args.blocks) if args.shape else None
-    model = shape or load(args.model, revision=args.revision)[0]
+    dtype = pick_dtype(args.dtype, device)
+    model = build(args.shape, dtype, device, args.blocks) if args.shape else load_named(args)[0]
+    load = partial(load_model, device=device, dtype=dtype, device_map=args.device_map)
     layers, embeddings = soco.block_layers(model).values(), model.get_input_embeddings()
     ids = torch.randint(embeddings.num_embeddings, (args.batch_size, args.seqlen), device=device)
     print(vars(args), torch.cuda.get_device_name(device) if ids.is_cuda else "CPU")
     print("(times dense speed)        prefill, ms       a token, ms   CUDA graph, ms tokens/s       MB")
     rows = {"dense": speeds(model, ids)} | {name: speeds(load(name)[0], ids) for name in args.compressed}
-    with soco.swapped(model, {layer: low_rank(layer, args.ratio) for layer in layers}):
+    with soco.swapped(model, {layer: random_low_rank(layer, args.ratio) for layer in layers}):
         rows["low rank"] = speeds(model, ids)
     for label, found in rows.items():
         cells = " ".join(f"{1e3 * t:8.2f} ({dense / t:6.2f})" for t, dense in zip(found[:3], rows["dense"]))
