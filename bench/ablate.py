@@ -7,7 +7,7 @@
 Variants of SoCo and CAP are runs of `compress` itself; the frontier's are one run each, down through the
 ratios. --steps and --lr are SoCo's; CAP has its defaults. --out and --no-baselines do nothing.
 Results go to bench/results/TABLE-MODEL-SEED.json after each; what is there already is not scored again, so
-that a run goes on where it was stopped, and ratios can be added later.
+that a run goes on where it was stopped, and ratios before the last can be added later.
 """
 import copy
 import json
@@ -120,10 +120,9 @@ def one_threshold(drafts, count):
 
 
 def same_share_of_rows(drafts, count):
+    dropped = 1 - count / sum(draft.S.numel() for draft in drafts)
     for draft in drafts:
-        each = count * draft.n // sum(other.S.numel() for other in drafts)
-        top = draft.worth().topk(each, dim=1).indices
-        draft.S = torch.zeros_like(draft.S).scatter(1, top, draft.S.gather(1, top))
+        draft.S = rpca.keep_largest(draft.S, draft.worth(), dropped)
 
 
 SVD = {"whitened SVD, same share": ("svd", {"basis": "whitened"})}
@@ -164,8 +163,10 @@ def main():
                         " these (default: all)")
     args = parser.parse_args()
     bench = Bench(args)
-    settings = {key: value for key, value in vars(args).items() if key not in ("table", "only", "ratio")}
+    left_out = ("table", "only", "ratio", "out", "no_baselines")
+    settings = {key: value for key, value in vars(args).items() if key not in left_out}
     settings |= {key: Path(settings[key]).name for key in ("model", "calib", "eval")}
+    settings["last_ratio"] = args.ratio[-1]
     settings["steps"] = f"{soco.STEPS} times the ratio" if args.steps is None else args.steps
     name = re.sub(r"\W+", "-", f"{args.table}-{settings['model']}-{args.seed}")
     path = Path(__file__).parent / "results" / f"{name}.json"
@@ -173,7 +174,7 @@ def main():
     if results["settings"] != settings:
         raise UserError(f"{path} holds a run with other settings: move it away")
 
-    def score(variant, make, reference):
+    def score_once(variant, make, reference):
         variants = results["variants"]
         if variant in variants or variant != "dense" and not any(part in variant for part in args.only):
             return
@@ -187,11 +188,11 @@ def main():
         ppl, quotient = variants[variant]["ppl"], gaps[variant] / (gaps.get(reference) or math.nan)
         say(f"{variant:50} ppl {ppl:9.2f} gap {gaps[variant]:7.4f}, {quotient:.3f} of {reference}")
 
-    score("dense", dict, "dense")
+    score_once("dense", dict, "dense")
     for ratio in args.ratio:
         first, at = next(iter(TABLES[args.table])), f" at {ratio:g}"
         for variant, (method, changes) in TABLES[args.table].items():
-            score(variant + at, partial(getattr(bench, method), ratio, **changes), first + at)
+            score_once(variant + at, partial(getattr(bench, method), ratio, **changes), first + at)
 
 
 if __name__ == "__main__":
