@@ -891,9 +891,8 @@ class CompressedForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder, *args, config=None, output_loading_info=False, **options):
-        hub = {key: options[key] for key in options.keys() & {
-            "revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies"}}
-        stored, _ = PreTrainedConfig.get_config_dict(folder, **hub)
+        hub = {"revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies"}
+        stored, _ = PreTrainedConfig.get_config_dict(folder, **{k: options[k] for k in hub & options.keys()})
         index = Path(folder, "model.safetensors.index.json")
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
         own = all(Path(name).name == name and Path(name).suffix == ".safetensors" for name in shards)

@@ -2,7 +2,6 @@
 
 Every expected value is computed here a second way, by a slower or plainer formula; none is from a run.
 """
-import contextlib
 import copy
 import functools
 import gc
@@ -11,14 +10,12 @@ import inspect
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import types
 import weakref
 import zipfile
 from pathlib import Path
@@ -46,7 +43,7 @@ import soco
 from bench.baselines import oats, sparsegpt
 from eval_ppl import encode, perplexity
 from soco import (BASES, LEARNED, CannotCompress, KLDivergence, LowRankLinear, ScoredLinear, Spectrum,
-                  block_layers, choose, collect_metric, compress, factor, frozen, load, matrix, save, swapped)
+                  block_layers, choose, collect_metric, compress, factor, load, matrix, save, swapped)
 
 VOCAB = 64
 SHAPES = [(7, 5), (5, 11), (8, 8), (1, 6), (6, 1)]
@@ -92,11 +89,13 @@ def tiny(kind, **config):
 
 tiny_gpt2 = functools.partial(tiny, "gpt2", num_attention_heads=2)
 tiny_llama = functools.partial(tiny, "llama")
-MODELS = [tiny_gpt2, tiny_llama]
+MODELS, IDS = [tiny_gpt2, tiny_llama], tokens(2, 16)
+make, method, basis, kind = (pytest.fixture(lambda request: request.param, params=params)
+                             for params in (MODELS, METHODS, BASES, KINDS))
 
 
-def tiny_tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+def tiny_tokenizer(first=0):
+    words = Tokenizer(models.WordLevel({f"w{i}": first + i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w0", bos_token="w63")
 
@@ -142,14 +141,11 @@ def run_flags(house):
 
 @pytest.fixture
 def command(house, capsys, monkeypatch, tmp_path):
-    """command(script, flags) is (code, stdout, stderr) of a script's command line, run in this process.
-
-    flags: one text, in which {house} stands for the folder, or a list of words; they follow `run_flags`.
-    """
+    """command(script, flags, a text or words): (code, stdout, stderr), run in this process."""
     monkeypatch.chdir(tmp_path)
 
     def call(script, flags):
-        words = flags if isinstance(flags, list) else flags.replace("{house}", str(house)).split()
+        words = flags if isinstance(flags, list) else flags.split()
         before = [] if script == "eval_ppl.py" else run_flags(house)
         before += ["--steps", "2"] if script == "soco.py" else []
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *before, *words])
@@ -172,7 +168,6 @@ def metric_of(basis, m, n, device="cpu"):
 
 
 @pytest.mark.parametrize("m, n", SHAPES)
-@pytest.mark.parametrize("basis", BASES)
 def test_factors_are_the_singular_value_decomposition_in_the_metric(basis, m, n, device):
     W = random(m, n, device=device)
     x, g, G, R = metric_of(basis, m, n, device)
@@ -268,8 +263,6 @@ def scored(kind, m, n, basis="plain", device="cpu"):
     return layer, student, random(4, n, seed=7, device=device)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("basis", BASES)
 def test_what_is_learned_gets_its_gradient_and_masked_scores_that_of_coming_back(basis, kind, device):
     layer, student, x = scored(kind, 5, 11, basis, device)
     for inputs in (x, x[None], x[:0], x[None, :0]):                   # scores of one, full rank
@@ -277,30 +270,25 @@ def test_what_is_learned_gets_its_gradient_and_masked_scores_that_of_coming_back
     student.kept[1:] = 0                            # rank 1 takes 16 of 55 parameters, rank 2 more than half
     half = soco.truncated(layer, *factor(matrix(layer), *metric_of(basis, 5, 11, device)[2:]), 0.5)
     torch.testing.assert_close(half(x), student(x), rtol=1e-6, atol=1e-6)
-    target, parts = random(4, 5, seed=8, device=device), student.U.T[:, :, None] * student.V[:, None]
+    target = random(4, 5, seed=8, device=device)
     for seed, name in enumerate(LEARNED):
         size = len(getattr(student, name))
         getattr(student, name).data = random(size, seed=9 + seed, device=device)
     student.kept.copy_(torch.tensor([0, 1, 0, 1, 0]))
-    y, bias = student(x), 0 if layer.bias is None else layer.bias
-    S, a, c, d = map(student.get_parameter, LEARNED)
-    W = S[1] * parts[1] + S[3] * parts[3]
-    expected = (x * c) @ W.T * a + 3 * d + bias
-    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
-    (y - target).square().sum().backward()
-    changes = [(x * c) @ part.T * a for part in parts]
-    changes += [(x * c) @ W.T * one for one in torch.eye(5, device=device)]
-    changes += [(x * one) @ W.T * a for one in torch.eye(11, device=device)]
-    changes += list(3 * torch.eye(5, device=device))
-    gradients = torch.cat([student.get_parameter(name).grad for name in LEARNED]).tolist()
-    for change, gradient in zip(changes, gradients, strict=True):
-        up, down = ((y + step * change - target).square().sum().item() for step in (0.5, -0.5))
-        assert gradient == pytest.approx(up - down, rel=1e-5, abs=1e-5)
+    plain = [student.get_parameter(name).detach().clone() for name in LEARNED]
+    plain[0] *= student.kept                        # scores of zero, as it were
+    S, a, c, d = (value.requires_grad_() for value in plain)
+    bias = 0 if layer.bias is None else layer.bias
+    expected = ((x * c) @ student.V.T * S) @ student.U.T * a + 3 * d + bias
+    assert_close(y := student(x), expected, rtol=1e-6, atol=1e-6)
+    for answer in (y, expected):
+        (answer - target).square().sum().backward()
+    for name, value in zip(LEARNED, plain):
+        assert_close(student.get_parameter(name).grad, value.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("m, n", SHAPES)
 @pytest.mark.parametrize("kept", [1, 3, 99])
-@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_stored_answers_like_what_learned(kind, kept, m, n, device):
     layer, student, x = scored(kind, m, n, "two-sided", device)
     for name in LEARNED:
@@ -356,8 +344,7 @@ def test_a_scored_layer_is_moved_and_restored_like_any_module():
 
 
 # ---- a model, its metric and its prices ------------------------------------------------------------
-@pytest.mark.parametrize("use", ["frozen", "swapped", "perplexity", "collect_metric"])
-def test_a_model_is_left_as_it_was_also_after_an_error(use):
+def test_a_model_is_left_as_it_was_also_after_an_error():
     model, ids = tiny_gpt2(resid_pdrop=0.5), tokens(65)               # one token more than it can read
     model.transformer.wpe.requires_grad_(False)
     for number, module in enumerate(model.modules()):
@@ -368,67 +355,47 @@ def test_a_model_is_left_as_it_was_also_after_an_error(use):
         return modules, [(p.requires_grad, p.grad) for p in model.parameters()]
 
     before = told()
-    with pytest.raises(IndexError):
-        if use == "collect_metric":
-            collect_metric(model, block_layers(model), [tokens(2, 16), ids[None]])
-        elif use == "perplexity":
-            assert perplexity(model, ids, 16) == perplexity(tiny_gpt2(), ids, 16)     # without dropout
-            perplexity(model, ids, 65)
-        elif use == "swapped":
-            with swapped(model, {model.lm_head: nn.Identity()}):
-                raise IndexError if type(model.lm_head) is nn.Identity else KeyError
-        else:
-            with frozen(model):
-                assert not any(module.training for module in model.modules())
-                assert not any(p.requires_grad for p in model.parameters())
-                raise IndexError
-    assert told() == before
+    assert perplexity(model, ids, 16) == perplexity(tiny_gpt2(), ids, 16)       # without dropout
+    for use, *args in ((perplexity, ids, 65), (collect_metric, block_layers(model), [IDS, ids[None]])):
+        with pytest.raises(IndexError):
+            use(model, *args)
+        assert told() == before
 
 
 def label(p, batch, length, generator=None):        # in place of soco.draw: labels that are not drawn
     return tokens(batch * length, seed=batch + length, device=p.device)
 
 
-class Watched(nn.Module):
-    """A layer whose every token has scores S and an offset of its own, which take gradients; keeps them."""
-
-    def __init__(self, student):
-        super().__init__()
-        self.student, self.seen = student, []
-
-    def forward(self, x):
-        U, V, layer = self.student.U, self.student.V, self.student.layer
-        S, offset = x.new_ones(*x.shape[:-1], len(V)), x.new_zeros(*x.shape[:-1], len(U))
-        self.seen.append([x.detach(), offset.requires_grad_(), S.requires_grad_()])
-        return (x @ V.T * S) @ U.T + (0 if layer.bias is None else layer.bias) + offset
-
-    def values(self):
-        """Inputs [tokens, n], and the gradients of the outputs [tokens, m] and of the scores [tokens, r]."""
-        x, offsets, S = zip(*self.seen)
-        return [torch.cat([value.flatten(0, 1) for value in values])
-                for values in (x, [offset.grad for offset in offsets], [scores.grad for scores in S])]
-
-
-@pytest.mark.parametrize("make", MODELS)
-def test_the_metric_and_the_prices_are_moments_of_what_autograd_finds(make, monkeypatch, device):
+def test_the_metric_the_prices_and_the_worths_are_moments_of_what_autograd_finds(make, monkeypatch, device):
     model, batches = make().to(device), [tokens(3, 20, device=device), tokens(2, 9, device=device)]
     layers = block_layers(model)
+    seen = {layer: [] for layer in layers.values()}
     monkeypatch.setattr(soco, "draw", label)
     metrics, students = collect_metric(model, layers, batches), soco.scored_layers(model, layers, batches)
-    by_row = collect_metric(model, layers, batches, by_row=True)
-    with swapped(model, watched := {layer: Watched(student) for layer, student in students.items()}):
-        for ids in batches:
-            found = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-            F.cross_entropy(found, label(found, *ids.shape), reduction="sum").backward()
-    for name, layer in layers.items():
-        x, g, dS = watched[layer].values()
+    drafts = rpca.drafted(model, layers, batches)
+
+    def with_scores_for_every_token(layer, inputs, output):           # which are 1, and take gradients
+        x, student = inputs[0], students[layer]
+        S = x.new_ones(*x.shape[:-1], len(student.V)).requires_grad_()
+        output.retain_grad()
+        seen[layer].append((x.detach(), output, S))
+        return output + (x @ student.V.T * (S - 1)) @ student.U.T
+
+    for layer in seen:
+        layer.register_forward_hook(with_scores_for_every_token)
+    for ids in batches:
+        found = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        F.cross_entropy(found, label(found, *ids.shape), reduction="sum").backward()
+    for draft, (name, layer) in zip(drafts, layers.items()):
+        values = zip(*[(x, output.grad, S.grad) for x, output, S in seen[layer]])
+        x, g, dS = (torch.cat([value.flatten(0, 1) for value in some]) for some in values)
         assert_near(metrics[name].G, x.T @ x / 78, 1e-3)
         assert_near(metrics[name].R, g.T @ g / 78, 1e-3)
-        energy = x ** 2 @ (matrix(layer) ** 2).T
-        assert_near(by_row[name].R, (g ** 2 * energy).mean(0) / energy.mean(0).clamp_min(1e-30), 1e-3)
         assert_near(students[layer].price, dS.square().mean(0), 1e-3)      # (dL/dS)^2, token by token
-    if make is tiny_llama:                          # what reads one tensor shares its Gram matrix
-        assert len({id(metric.G) for metric in metrics.values()}) == 8
+        fisher = (g ** 2 * (x ** 2 @ (matrix(layer) ** 2).T)).mean(0)      # (W dL/dW)^2, summed over a row
+        assert_close(draft.worth().sum(1), fisher, rtol=1e-3, atol=1e-5 * fisher.max().item())
+        shares = draft.worth() / (matrix(layer) ** 2 * draft.G.diagonal())
+        assert_close(shares, shares[:, :1].expand_as(shares), rtol=1e-2, atol=0)
 
 
 def test_labels_depend_on_the_seed_and_on_nothing_drawn_before():
@@ -487,28 +454,26 @@ def spectrum_of(model, ids, group=1):
 
 
 def test_the_tensors_of_layers_are_rows_of_the_spectrum():
-    model, ids = tiny_llama(), tokens(2, 16)
-    students, spectrum, half = spectrum_of(model, ids)
+    students, spectrum, half = spectrum_of(model := tiny_llama(), IDS)
     for tensor in (spectrum.S.data, spectrum.a.data, spectrum.c.data, spectrum.d.data):
         tensor.copy_(random(*tensor.shape))
     spectrum.keep_best(half)
     worth = torch.where(spectrum.price < 0, -1, spectrum.price * spectrum.S.detach() ** 2)
     assert torch.equal(spectrum.kept.bool(), choose(worth, spectrum.m, spectrum.n, half, 1))
     with swapped(model, students):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     for row, student in enumerate(students.values()):
         (m, r), n = student.U.shape, student.V.shape[1]
         assert (spectrum.m[row], spectrum.n[row], r) == (m, n, min(m, n))
         assert (spectrum.price[row] >= 0).sum() == r and student.S.grad.all() and student.d.grad.all()
-        sizes = {"S": r, "a": m, "c": n, "d": m}
-        for name, size in (sizes | {"price": r, "kept": r} | {f"{k}.grad": sizes[k] for k in sizes}).items():
-            own, whole = (operator.attrgetter(name)(held) for held in (student, spectrum))
-            assert own.shape == (size,) and own.data_ptr() == whole[row].data_ptr()
+        for name, size in {"price": r, "kept": r, "S": r, "a": m, "c": n, "d": m}.items():
+            own, whole = getattr(student, name), getattr(spectrum, name)
+            for one, all_of_them in [(own, whole), (own.grad, whole.grad)][:1 + (name in LEARNED)]:
+                assert one.shape == (size,) and one.data_ptr() == all_of_them[row].data_ptr()
 
 
 def test_shrinking_keeps_the_function_and_sorts_what_adam_remembers():
-    model, ids = tiny_gpt2(), tokens(2, 16)
-    students, spectrum, half = spectrum_of(model, ids)
+    students, spectrum, half = spectrum_of(model := tiny_gpt2(), IDS)
     optimizer = torch.optim.Adam([spectrum.S, spectrum.d])
     optimizer.step()
     moments = [optimizer.state[spectrum.S][key] for key in ("exp_avg", "exp_avg_sq")]
@@ -524,9 +489,9 @@ def test_shrinking_keeps_the_function_and_sorts_what_adam_remembers():
 
     known, pool = told(), spectrum.choice(half)
     with swapped(model, students):
-        before = logits(model, ids)
+        before = logits(model, IDS)
         spectrum.shrink(half, optimizer)
-        torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(model, IDS), before, rtol=1e-4, atol=1e-4)
     assert [len(layer) for layer in told()] == spectrum.ranks == pool.sum(1).tolist()
     assert all(layer.items() <= old.items() for layer, old in zip(told(), known))
     assert torch.equal(spectrum.choice(2 * half).sum(1), pool.sum(1))  # the others are out for good
@@ -534,7 +499,6 @@ def test_shrinking_keeps_the_function_and_sorts_what_adam_remembers():
 
 @pytest.mark.parametrize("steps, learned", [(0, LEARNED), (4, LEARNED), (4, "S"), (4, "ac")])
 @pytest.mark.parametrize("ratio, group", [(0.2, 1), (0.5, 1), (0.7, 2), (0.3, 8)])
-@pytest.mark.parametrize("make", MODELS)
 def test_the_budget_is_met_and_ranks_are_multiples(make, ratio, group, steps, learned, device):
     model = make().to(device)
     dense, stored, ranks = block_layers(model), 0, []
@@ -577,17 +541,6 @@ def test_one_run_meets_every_budget_as_well_as_single_runs_and_leaves_the_model_
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("basis", soco.BASES)
-def test_what_is_scored_without_learning_repeats_no_baseline(basis):
-    model, keys = tiny_gpt2(), []
-    layers = block_layers(model)
-    students = soco.scored_layers(model, layers, [tokens(2, 16)], basis)
-    report = SimpleNamespace(score=lambda key, label, ratio, new: keys.append((key, len(new))))
-    soco.score_unlearned(report, basis, students, Spectrum(list(students.values()), 1), 0.3)
-    wanted = ["svd_kfac", "svd_global"] if basis == "two-sided" else ["svd_global"]
-    assert keys == [(key, len(layers)) for key in wanted]
-
-
 def test_steps_follow_the_ratio_and_each_ratio_of_a_run_gets_its_share(monkeypatch):
     calls = []
     monkeypatch.setattr(soco, "learn", lambda *args, **options: calls.append((len(args[3]), args[5])))
@@ -614,34 +567,40 @@ def test_one_seed_gives_one_result_in_training_mode_under_no_grad_and_with_check
         assert all(p.requires_grad for p in model.parameters())
         states.append(model.state_dict())
         calls.append(len(count))
-    assert states[0].keys() == states[1].keys() == states[2].keys()
-    assert all(torch.equal(states[0][key], state[key]) for key in states[0] for state in states)
+    assert_close(states[1:], [states[0]] * 2, rtol=0, atol=0)
     assert calls == [calls[0], calls[0] + 5, calls[0]]                # checkpointing: one more in every step
 
 
-def test_learning_lowers_the_divergence_also_on_other_text():
+@pytest.mark.parametrize("method, ratio, runs", [
+    ("soco", 0.5, [{"steps": 0}, *({"steps": 20, "learned": learned} for learned in ("S", "Sd", LEARNED))]),
+    ("cap", 0.8, [{"steps": 0}, {"steps": 20}])])
+def test_learning_lowers_the_divergence_also_on_other_text(method, ratio, runs):
     from pydoc_data.topics import topics
     dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
     batches = encode(tokenizer, "\n\n".join(topics.values())[:30_000])[:640].view(5, 2, 64)
-    targets, found = [logits(dense, ids) for ids in batches], []
-    for steps, learned in ((0, "S"), (20, "S"), (20, "Sd"), (20, LEARNED)):
+    targets, found, masks = [logits(dense, ids) for ids in batches], [], []
+    for settings in runs:
         torch.manual_seed(0)
-        model = compress(copy.deepcopy(dense), batches[:4], 0.5, steps, learned=learned)
+        model = METHODS[method].compress(copy.deepcopy(dense), batches[:4], ratio, **settings)
         found.append([divergence(targets[part], model, batches[part]) for part in (slice(4), slice(4, 5))])
+        masks.append([(module.S != 0, module.spec) for module in model.modules() if hasattr(module, "S")])
+        assert all(p.requires_grad for p in model.parameters())
     seen, other = zip(*found)
-    assert 1.1 * seen[3] < seen[2] and 1.05 * seen[2] < seen[1] < 0.7 * seen[0]
-    assert 1.02 * other[3] < other[2] and max(other[1:]) < 0.95 * other[0]
+    if method == "soco":
+        assert 1.1 * seen[3] < seen[2] and 1.05 * seen[2] < seen[1] < 0.7 * seen[0]
+        assert 1.02 * other[3] < other[2] and max(other[1:]) < 0.95 * other[0]
+    else:
+        assert seen[1] < 0.8 * seen[0] and other[1] < 0.95 * other[0]
+        assert all(torch.equal(a, b) and x == y for (a, x), (b, y) in zip(*masks))      # what is kept stays
 
 
-@pytest.mark.parametrize("make", MODELS)
 def test_a_compressed_model_keeps_its_other_weights_and_frees_the_dense_ones(make):
     model = make()
     dense = {name: weakref.ref(layer.weight) for name, layer in block_layers(model).items()}
-    others = {name: p for name, p in model.named_parameters() if not name.startswith(tuple(dense))}
+    others = {p for name, p in model.named_parameters() if not name.startswith(tuple(dense))}
     compress(model, [tokens(2, 16)], 0.5, steps=3, group=1)
     gc.collect()
-    after = dict(model.named_parameters())
-    assert len(others) > 4 and all(after[name] is p for name, p in others.items())
+    assert len(others) > 4 and others <= {*model.parameters()}
     assert not any(weight() is not None for weight in dense.values())
 
 
@@ -653,10 +612,10 @@ def with_an_empty_layer(model):
 
 REFUSED_SETTINGS = {        # what the message says: settings
     "no batches": {"batches": []}, "no calibration token": {"metric_batches": 0}, "steps -1": {"steps": -1},
-    "group 0": {"group": 0}, "basis 'diagonal'": {"basis": "diagonal"},
-    "three parts": {"stages": (0.5, 0.1, 0.5)},
+    "group 0": {"group": 0}, "basis 'diagonal'": {"basis": "diagonal"}, "ratio 0.5": {"group": 24},
     **{f"ratio {ratio}": {"ratio": ratio} for ratio in (0, 1, 1.5, -0.1, math.nan, 0.999)},
-    "ratio 0.5": {"group": 24}, "learned 'Sb'": {"learned": "Sb"}, "learned ''": {"learned": ""},
+    "three parts": {"stages": (0.5, 0.1, 0.5)}, "learned 'Sb'": {"learned": "Sb"},
+    "step 2 of 10.*learning rate": {"steps": 10, "lr": 1e30}, "learned ''": {"learned": ""},
 }
 REFUSED_MODELS = {          # what the message says: a change of a model, or another model
     "GPT2LMHeadModel": lambda model: tiny_gpt2(num_hidden_layers=0),
@@ -672,41 +631,30 @@ REFUSED_MODELS = {          # what the message says: a change of a model, or ano
 
 
 @pytest.mark.parametrize("what", [*REFUSED_SETTINGS, *REFUSED_MODELS])
-def test_what_cannot_be_met_is_refused_before_a_layer_is_replaced(what):
+def test_what_cannot_be_met_is_refused_and_the_model_stays_as_it_was(what):
     model = REFUSED_MODELS.get(what, lambda model: None)(dense := tiny_gpt2()) or dense
     options, modules = {"batches": [tokens(2, 16)], "steps": 2, "group": 1}, list(model.modules())
-    with pytest.raises(CannotCompress, match=what), torch.inference_mode(what == "no_grad"):
+    error = FloatingPointError if "lr" in REFUSED_SETTINGS.get(what, {}) else CannotCompress
+    with pytest.raises(error, match=what), torch.inference_mode(what == "no_grad"):
         compress(model, **options | REFUSED_SETTINGS.get(what, {}))
-    assert list(model.modules()) == modules
+    assert list(model.modules()) == modules and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("ratio, learned", [(0.2, LEARNED), (0.5, LEARNED), (0.5, "S"), (0.5, "dcd")])
 def test_the_learning_rate_goes_with_the_share_that_is_removed_and_the_rest_stays(ratio, learned):
-    layers, batches = block_layers(model := tiny_gpt2()), [tokens(2, 16)]
-    spectrum = soco.Spectrum(list((scored := soco.scored_layers(model, layers, batches)).values()), 1)
-    budget = soco.budget_for(scored, ratio)
-    soco.learn(model, scored, spectrum, batches, budget, 1, 0.1, learned)     # Adam's first step is the rate,
-    for name in LEARNED:                                                      # warming up
+    scored, spectrum, _ = spectrum_of(model := tiny_gpt2(), ids := tokens(2, 16))
+    soco.learn(model, scored, spectrum, [ids], soco.budget_for(scored, ratio), 1, 0.1, learned)
+    for name in LEARNED:                            # Adam's first step is the rate, warming up
         tensor, start = getattr(spectrum, name), 0 if name == "d" else 1
         step = (0.1 if name == "d" else 0.2) * 0.1 * ratio if name in learned else 0
         assert (tensor.detach() - start).abs().max().item() == pytest.approx(step, rel=1e-2)
         assert tensor.grad.any() == (name in learned)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step():
-    layers = block_layers(model := tiny_gpt2())
-    with pytest.raises(FloatingPointError, match="step 2 of 10.*learning rate"):
-        compress(model, [tokens(2, 16)], 0.5, steps=10, lr=1e30, group=1)
-    assert block_layers(model) == layers and all(p.requires_grad for p in model.parameters())
-
-
 class Operations(TorchDispatchMode):
     """Counts operations, and those among them for which a GPU would make the host wait."""
     WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "equal.")
-
-    def __init__(self):
-        super().__init__()
-        self.all, self.waits = 0, 0
+    all, waits = 0, 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = str(operation).removeprefix("aten.")
@@ -717,7 +665,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of_matrices():
-    waits, ids, steps = {"soco": [], "cap": []}, tokens(2, 8), 40
+    waits, ids, steps = [], tokens(2, 8), 40
     for blocks in (2, 8):
         students, spectrum, half = spectrum_of(model := tiny_llama(num_hidden_layers=blocks), ids)
         with Operations() as learning:
@@ -727,10 +675,9 @@ def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of
             rpca.learn_gains(model, drafts, [ids], 0.5, 0, steps)
         with Operations() as dense:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        waits["soco"].append(learning.waits), waits["cap"].append(of_gains.waits)
+        waits.append((learning.waits, of_gains.waits))
     assert learning.all <= 2.0 * dense.all * steps and of_gains.all <= 1.7 * dense.all * steps
-    assert waits["soco"][0] == waits["soco"][1] <= 6 * steps
-    assert waits["cap"][0] == waits["cap"][1] <= 3 * steps
+    assert waits[0] == waits[1] and learning.waits <= 6 * steps and of_gains.waits <= 3 * steps
 
 
 # ---- architectures --------------------------------------------------------------------------------
@@ -739,7 +686,6 @@ ARCHITECTURES = ("gpt2 llama mistral qwen2 qwen3 gemma3_text phi3 opt gpt_neox b
 SETTINGS = {"soco": {"steps": 2, "group": 1}, "cap": {"steps": 2}}
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_is_compressed_saved_and_loaded(kind, method, tmp_path):
     model, ids = tiny(kind), tokens(2, 16)
@@ -761,7 +707,6 @@ def test_every_architecture_is_compressed_saved_and_loaded(kind, method, tmp_pat
     assert torch.equal(logits(load(tmp_path / "model"), ids), logits(model, ids))
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtypes_devices_frozen_flags_and_shared_blocks_are_kept(dtype, method, device):
     model = tiny_llama().to(device, getattr(torch, dtype))
@@ -836,7 +781,7 @@ def test_perplexity_scores_every_token_once_with_all_the_context_of_its_window(s
 
 
 def sample(ids, count, seed=0, bos=None):
-    args = types.SimpleNamespace(seqlen=8, batch_size=3, seed=seed, bos=bos)
+    args = SimpleNamespace(seqlen=8, batch_size=3, seed=seed, bos=bos)
     return torch.stack(soco.sample_batches(ids, args, count))
 
 
@@ -851,27 +796,21 @@ def test_batches_are_pieces_of_the_text_in_an_order_the_seed_decides():
     assert begun[..., 0].eq(200).all() and torch.equal(begun[..., 1:], batches[..., 1:])
 
 
-def test_bos_is_a_token_of_the_tokenizer_and_the_model():
+def test_bos_is_a_token_and_is_named_where_the_tokenizer_begins_texts_with_it(house, monkeypatch, capsys):
     model, tokenizer = tiny_gpt2(), tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="w63 $A", special_tokens=[("w63", 63)])
+    monkeypatch.setattr(eval_ppl, "load_named", lambda args: (model, tokenizer))
     for bos, expected in ((None, None), (7, 7), (eval_ppl.OWN_BOS, 63)):
-        assert eval_ppl.first_token(model, tokenizer, bos) == expected
+        args = SimpleNamespace(model="", eval=f"{house}/test", bos=bos, eval_seqlen=None, eval_stride=None)
+        assert eval_ppl.load_scored(args)[2][0] == 63 and args.bos == expected
+        assert ("--bos" in capsys.readouterr().out) == (bos is None)
     tokenizer.bos_token = None
     with pytest.raises(eval_ppl.UserError, match="--bos: .* no <bos>"):
         eval_ppl.first_token(model, tokenizer, eval_ppl.OWN_BOS)
 
 
-def test_where_the_tokenizer_begins_texts_and_blocks_do_not_bos_is_named(house, monkeypatch, capsys):
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="w63 $A", special_tokens=[("w63", 63)])
-    monkeypatch.setattr(eval_ppl, "load_named", lambda args: (tiny_gpt2(), tokenizer))
-    for bos in (None, 63):
-        args = SimpleNamespace(model="", eval=f"{house}/test", bos=bos, eval_seqlen=None, eval_stride=None)
-        assert eval_ppl.load_scored(args)[2][0] == 63
-        assert ("--bos" in capsys.readouterr().out) == (bos is None)
-
-
-def test_texts_are_read_and_encoded_whole(tmp_path, monkeypatch):
+def test_texts_are_read_and_encoded_whole_and_marks_of_rare_words_not_learned_from(tmp_path, monkeypatch):
     assert encode(tiny_tokenizer(), text(5000, seed=3)).tolist() == tokens(5000, seed=3).tolist()
     (tmp_path / "stdlib").write_text("one\n two\n")
     assert eval_ppl.load_text(str(tmp_path / "stdlib"), "test") == "one\n two\n"
@@ -881,15 +820,10 @@ def test_texts_are_read_and_encoded_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: tmp_path / "wikitext.zip")
     assert eval_ppl.load_text("wikitext2", "train") == "train\n"
     assert eval_ppl.load_text("wikitext2", "test") == "\n\n = Title = \n\n\n\n\nOne @-@ two .\n"
-
-
-def test_the_mark_of_a_rare_word_is_scored_and_not_learned_from(house):
-    model, tokenizer, texts = tiny_gpt2(), tiny_tokenizer(), (house / "marked", house / "train")
-    texts[0].write_text(texts[1].read_text().replace(" ", " <unk> "))
-    marked, plain = ({split: eval_ppl.load_tokens(model, tokenizer, str(path), split, 16)
-                      for split in ("train", "test")} for path in texts)
-    assert torch.equal(marked["train"], plain["train"]) and torch.equal(plain["test"], plain["train"])
-    assert len(marked["test"]) > len(plain["test"])
+    (tmp_path / "marked").write_text(" <unk> ".join(text(100, seed=0).split()))
+    train, test = (eval_ppl.load_tokens(tiny_gpt2(), tiny_tokenizer(), str(tmp_path / "marked"), split, 16)
+                   for split in ("train", "test"))
+    assert torch.equal(train, tokens(100)) and torch.equal(test[::2], train) and not test[1::2].any()
 
 
 def test_the_splits_of_the_standard_library_share_no_text(monkeypatch):
@@ -902,23 +836,15 @@ def test_the_splits_of_the_standard_library_share_no_text(monkeypatch):
     assert set(test) <= set(eval_ppl.load_text("stdlib", "test").split("\n\n"))
 
 
-@pytest.mark.parametrize("settings", [{"steps": 5}, {"steps": 0}, {}, {"estimator": "policy", "rounds": 1}],
-                         ids=["soco", "soco without learning", "cap", "policy"])
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("settings", [{"steps": 5}, {"steps": 0}, {}, {"estimator": "policy", "rounds": 1}])
 def test_nothing_is_made_on_the_default_device(make, settings, tmp_path):
     model, ids, method = make(), tokens(64), soco if "steps" in settings else rpca
-    torch.set_default_device("meta")                                  # what is made there cannot be read
-    try:
+    with torch.device("meta"):                      # what is made there cannot be read
         method.compress(model, sample(ids, 1), 0.3, **settings)
         before = perplexity(model, ids, 16)
         save(model, tmp_path / "model")
         assert perplexity(load(tmp_path / "model"), ids, 16) == before
-    finally:
-        torch.set_default_device(None)
     assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
-
-
-IDS = tokens(2, 16)
 
 
 def python(code, *args, cwd, **environment):
@@ -1091,10 +1017,9 @@ def tampered(saved, tmp_path_factory):
         add("a layer more, sealed", edit_config, (*at, "x.9"), spec, sealed=True)
         add("a tensor more", edit_tensors, lambda tensors: tensors.update(extra=torch.ones(3)))
         for name in chance.choice(sorted(tensors), 5, replace=False):
-            longer = torch.cat([tensors[name], tensors[name]])
             add(f"{name} dropped", edit_tensors, lambda tensors: tensors.pop(name))
             add(f"{name} renamed", edit_tensors, lambda tensors: tensors.update(x=tensors.pop(name)))
-            add(f"{name} longer", edit_tensors, lambda tensors: tensors.update({name: longer}))
+            add(f"{name} longer", edit_tensors, lambda own: own.update({name: torch.cat([own[name]] * 2)}))
         for mask in [name for name in tensors if name.endswith(".mask")][:1]:
             add("no bits", edit_tensors, lambda tensors: tensors[mask].zero_())
             add("a bit flipped", edit_tensors, lambda tensors: tensors[mask][:1].bitwise_xor_(1))
@@ -1139,7 +1064,6 @@ def stranger(saved, tampered, tmp_path_factory):
     return torch.load(home / "found", weights_only=False)
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_a_folder_loads_in_a_process_without_this_project(method, saved, stranger):
     found, (folder, expected) = stranger[method], saved[method]
     assert torch.equal(found["trusted"], expected)
@@ -1151,7 +1075,6 @@ def test_a_folder_loads_in_a_process_without_this_project(method, saved, strange
 
 
 @pytest.mark.parametrize("way", ["load", "import", "trust"])
-@pytest.mark.parametrize("method", METHODS)
 def test_a_folder_is_what_was_saved_or_an_error(method, way, saved, tampered, stranger):
     (folder, expected), wrong = saved[method], []
     load = METHODS[method].load if way == "load" else AutoModelForCausalLM.from_pretrained
@@ -1180,15 +1103,13 @@ def taken(folder):
 
 
 NAMES = {"full": "full", "a file": "file", "in a file": "file/new", "dangling": "dangling", "link": "link",
-         "mount point": "disk", "300 letters": "n" * 300, "not UTF-8": "\udcff", "not writable": "closed/new"}
+         "mount point": "disk", "300 letters": "n" * 300, "not UTF-8": "\udcff", "the one above": "new/.."}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_cannot_be_taken_is_refused_before_any_work(name, monkeypatch, tmp_path):
-    if name == "not writable" and os.getuid() == 0:
-        pytest.skip("root may write anywhere")
-    for folder, mode in {"full": 0o700, "full/mine": 0o700, "disk": 0o700, "closed": 0o500}.items():
-        (tmp_path / folder).mkdir(mode)
+    for folder in ("full", "full/mine", "disk"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "link").symlink_to("disk")
@@ -1200,18 +1121,17 @@ def test_a_name_that_cannot_be_taken_is_refused_before_any_work(name, monkeypatc
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["deep/new", "empty", "n" * 250, "new/..", "é\n"], ids=range(5))
+@pytest.mark.parametrize("name", ["deep/new", "empty", "n" * 250, "é\n"], ids=range(4))
 def test_a_name_that_is_taken_holds_the_model_in_the_end(name, monkeypatch, tmp_path):
     (tmp_path / "here" / "empty").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     before, model = tree(tmp_path), compressed("soco")
-    assert taken(name) == (name != "new/..") and tree(tmp_path) == before     # not used: nothing is left
-    if name != "new/..":                                              # that is `here`, which is not empty
-        with soco.reserved(name):                                     # a name is taken once
-            assert not taken(name) and taken("other")
-        save(model, name)
-        assert torch.equal(logits(load(name), IDS), logits(model, IDS))
-        assert not any(".compressed-" in path for path in tree(tmp_path))
+    assert taken(name) and tree(tmp_path) == before                   # not used: nothing is left
+    with soco.reserved(name):                                         # a name is taken once
+        assert not taken(name) and taken("other")
+    save(model, name)
+    assert torch.equal(logits(load(name), IDS), logits(model, IDS))
+    assert not any(".compressed-" in path for path in tree(tmp_path))
 
 
 @pytest.mark.parametrize("place, name", [(PreTrainedModel, "save_pretrained"), (Path, "rename")])
@@ -1251,7 +1171,7 @@ RUNS = {    # {name: (what is done before, script, flags)}; flags behind a space
     "soco": ("", "soco.py", f"--steps 10 {DEMO} soco"),
     "cap": ("", "rpca.py", f"--rounds 2 --rank-share 0.1 {DEMO} cap"),
     "again": ("", "eval_ppl.py", "--model soco --eval stdlib --seqlen 64 --blocks 20"),
-    "hub": ("", "soco.py", "--model gpt2 --steps 2 --seqlen 32 --metric-batches 2 --out hub"),
+    "hub": ("", "soco.py", "--model gpt2 --basis plain --steps 2 --seqlen 32 --metric-batches 2 --out hub"),
     "limit": ("resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", "rpca.py", " --out deep/limited"),
     "head": ("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "rpca.py", " --out h"),
     "ascii": ("sys.stdout.reconfigure(encoding='ascii')", "rpca.py", " --out é"),
@@ -1281,8 +1201,7 @@ def forked(house, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, folder, why", [
-    ("limit", "deep/limited", "arge"), ("taken", "taken", "another"), ("head", "h", ""), ("ascii", "é", "")
-])
+    ("limit", "deep/limited", "arge"), ("taken", "taken", "another"), ("head", "h", ""), ("ascii", "é", "")])
 def test_a_run_that_cannot_write_ends_in_one_line_and_one_that_nobody_reads_saves(name, folder, why, forked):
     (code, out, err), folder = forked[1][name], forked[0] / folder
     if not why:
@@ -1301,12 +1220,10 @@ def test_an_interrupt_during_imports_is_silent(script, tmp_path):
 
 
 # ---- the model that is loaded -----------------------------------------------------------------------
-@pytest.mark.parametrize("method", METHODS)
 def test_a_loaded_model_behaves_like_any_other(method, saved, house, tmp_path):
     (folder, expected), read, auto = saved[method], METHODS[method].load, AutoModelForCausalLM.from_pretrained
     for model in (auto(folder).half().float(), read(folder, dtype=torch.bfloat16).float()):
         assert (logits(model, IDS) - expected).norm() < 0.02 * expected.norm()
-    assert read(folder).generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 19)
     traced = torch.compile(read(folder), backend="aot_eager")
     torch.testing.assert_close(logits(traced, IDS), expected, rtol=1e-4, atol=1e-4)
     words = pipeline("text-generation", str(folder))("w1 w2", max_new_tokens=3, do_sample=False)
@@ -1334,7 +1251,6 @@ def test_int8_weights_apply_on_top(saved):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("method", METHODS)
 def test_a_model_is_trained_whole_or_by_lora_and_saved(method, lora, saved, tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
@@ -1358,19 +1274,6 @@ def test_a_model_is_trained_whole_or_by_lora_and_saved(method, lora, saved, tmp_
         assert torch.equal(logits(again, IDS), logits(model, IDS))
 
 
-def test_layers_hold_what_the_readme_says_after_a_call():
-    m, n, k, b, like = 12, 20, 3, random(12), torch.zeros(1)
-    low = soco.low_rank(random(m, k), random(k, n), b, like)
-    summed = rpca.low_rank_plus_sparse(random(m, k), random(k, n), random(m, n).relu(), b, like)
-    for layer, dense in ((low, 0), (summed, m * n)):
-        for trains in (True, False):
-            layer.requires_grad_(trains)(torch.ones(2, n))
-        own = [value for part in layer.modules() for value in vars(part).values() if torch.is_tensor(value)]
-        held = sum(value.numel() for value in [*layer.parameters(), *layer.buffers(), *own])
-        assert held == dense + k * (m + n) + m + 1                    # bias and marker
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_half_the_parameters_take_at_most_six_tenths_of_the_bytes(method, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
@@ -1390,8 +1293,6 @@ SHARED = MODEL_FLAGS + ("ratio calib same_text seqlen batch_size metric_batches 
 FLAGS = {"soco.py": SHARED + "basis rank_multiple learn",
          "rpca.py": SHARED + "estimator rank_share rounds no_scale no_refit",
          "eval_ppl.py": MODEL_FLAGS + "seqlen stride blocks bos"}
-KEYS = ("method command compressible_params kept_params dense_bytes file_bytes seconds peak_memory_bytes ppl "
-        "gap eval versions layers untouched processes")
 ROWS = {"soco": {"dense", "svd", "svd_whitened", "svd_kfac", "svd_global", "compressed"},
         "cap": {"dense", "magnitude", "wanda", "compressed"}}
 
@@ -1401,7 +1302,7 @@ def test_metrics_and_table_tell_the_whole_run(method, script, forked):
     (code, out, err), folder = forked[1][method], forked[0] / method
     report, kept, dense, model = metrics(folder), 0, 0, METHODS[method].load(folder)
     assert (code, err) == (0, "") and report["method"] == method and f"written to {folder}" in out
-    assert {*f"{FLAGS[script]} {KEYS}".split()} <= report.keys()
+    assert {*FLAGS[script].split(), "command", "versions", "untouched"} <= report.keys()
     told = {"data": "stdlib", "split": "test", "seqlen": 64, "stride": 64, "bos": None, "tokens": 1260,
             "dtype": "float32"}
     assert report["eval"] == told and "eval" in report["seconds"]
@@ -1431,7 +1332,7 @@ def test_folders_score_the_same_again_and_a_hub_model_on_the_test_split_of_wikit
                      forked[1]["soco"][1])
     report = metrics(forked[0] / "hub")
     assert forked[1]["hub"][::2] == (0, "") and report["calib"] == "wikitext2" == report["eval"]["data"]
-    assert report["eval"]["tokens"] == 900 // 64 * 63
+    assert report["eval"]["tokens"] == 900 // 64 * 63 and report["ppl"].keys() == ROWS["soco"] - {"svd_kfac"}
     for key, model in (("dense", tiny_gpt2()), ("compressed", load(forked[0] / "hub"))):
         assert report["ppl"][key] == pytest.approx(perplexity(model, tokens(900, seed=2), 64).ppl, rel=1e-4)
 
@@ -1482,24 +1383,18 @@ CONFIGS |= {quantized["quant_method"]: ("quantization_config", quantized) for qu
 TENSORS = {"nan": lambda tensors: tensors["transformer.h.1.mlp.c_fc.weight"][3, 4].fill_(math.nan),
            "loud": lambda tensors: tensors["transformer.h.1.mlp.c_proj.weight"].fill_(1e38),
            "partial": lambda tensors: tensors.pop("transformer.h.1.attn.c_proj.weight")}
-WORDS = {"beyond": lambda words: re.sub(r'("w\d+": )', r"\g<1>9", words), "torn-words": lambda words: "{"}
-BROKEN = [*TRICKS, *CONFIGS, *TENSORS, *WORDS]
+BROKEN = TRICKS | {"beyond": lambda folder: tiny_tokenizer(first=900).save_pretrained(folder),
+                   "torn-words": lambda folder: (folder / "tokenizer.json").write_text("{")}
+BROKEN |= {name: lambda folder, at=at: edit_config(folder, at[:1], at[1]) for name, at in CONFIGS.items()}
+BROKEN |= {name: lambda folder, edit=edit: edit_tensors(folder, edit) for name, edit in TENSORS.items()}
 
 
 @pytest.fixture(scope="session")
 def bad(house, saved, tmp_path_factory):
     """A folder of models and texts that cannot be used."""
     root = tmp_path_factory.mktemp("bad")
-    for name in BROKEN:
-        folder = Path(shutil.copytree(house / "model", root / name))
-        if name in TRICKS:
-            TRICKS[name](folder)
-        elif name in CONFIGS:
-            edit_config(folder, CONFIGS[name][:1], CONFIGS[name][1])
-        elif name in TENSORS:
-            edit_tensors(folder, TENSORS[name])
-        else:
-            (folder / "tokenizer.json").write_text(WORDS[name]((folder / "tokenizer.json").read_text()))
+    for name, breaks in BROKEN.items():
+        breaks(Path(shutil.copytree(house / "model", root / name)))
     for name, key in (("newer", "format"), ("strange", "method")):
         edit_config(Path(shutil.copytree(saved["soco"][0], root / name)), ("compressed", key), 99)
     shutil.copytree(saved["cap"][0], root / "compressed")
@@ -1520,9 +1415,7 @@ BAD = {
 --calib {bad}/binary|--calib {bad}/empty|--calib wikitext2|--eval {house}/train
 --model nobody/none|--model no/such/folder|--model {bad}/compressed|--model {bad}/empty
 --bos -1|--bos 64|WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
-    "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--basis plain|--estimator luck
---ratio 0.5 0.3|--out x --ratio 0.4 0.4|--out {bad}/newer|--calib {bad}/short
---metric-batches 200000000""",
+    "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--basis plain|--estimator luck""",
     "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--blocks 0|--blocks=--|--eval {bad}/short
 --bos 64|--device tpu9|--eval {bad}/binary|--model no/such/folder|--model {bad}/newer
 --model {bad}/strange"""}
@@ -1619,8 +1512,7 @@ def test_the_objective_is_the_textbooks_with_its_penalty_and_no_more_without(m, 
 
 
 @pytest.mark.parametrize("m, n", [(7, 5), (5, 11), (1, 6), (6, 1)])
-@pytest.mark.parametrize("operator, size", [
-    (rpca.soft_threshold, torch.abs),
+@pytest.mark.parametrize("operator, size", [(rpca.soft_threshold, torch.abs),
     (lambda A, tau: product(*rpca.singular_value_threshold(A, tau)), torch.linalg.svdvals)], ids=["S", "L"])
 def test_thresholding_is_the_minimiser_of_its_problem(operator, size, m, n, device):
     A = random(m, n, device=device)
@@ -1762,34 +1654,14 @@ def test_a_sum_layer_answers_learns_and_is_stored_as_its_weight(m, n, k, bias, d
         assert_close(layer(x), F.linear(x, U @ V + 2 * (S - 0.1 * layer.S.grad), b))
     stored, state = rpca.pack(layer.S.detach()), layer.state_dict()
     assert np.array_equal(stored["mask"].cpu(), np.packbits(S.detach().cpu() != 0, bitorder="little"))
-    for broken in (0, 1):
-        stored["mask"][0] ^= broken
-        new = rpca.LowRankPlusSparse(n, m, k, len(stored["values"]), bias, dtype=S.dtype, device=device)
-        new.load_state_dict({key: state[key] for key in state if key != "S"} | stored)
-        with pytest.raises(ValueError, match="bits in its mask") if broken else contextlib.nullcontext():
-            new.unpack()
-            assert torch.equal(new.S, layer.S) and torch.equal(new(x), layer(x))
-        held = [sum(map(torch.numel, [*one.parameters(), *one.buffers()])) for one in (layer, new)]
-        assert broken or held == [m * n + k * (m + n) + m * bias + 1] * 2     # S once, dense, and the marker
-
-
-@pytest.mark.parametrize("make", MODELS)
-def test_the_worths_of_a_row_add_up_to_its_fisher_information_token_by_token(make, monkeypatch, device):
-    ids, labels, found = tokens(2, 6, device=device), tokens(12, seed=1, device=device), {}
-    monkeypatch.setattr(soco, "draw", lambda p, *shape: labels)
-    drafts = rpca.drafted(model := make().to(device), block_layers(model), [ids])
-
-    def with_a_weight_for_every_token(layer, inputs, output):
-        found[layer] = matrix(layer).expand(*ids.shape, -1, -1).clone().requires_grad_()
-        return (found[layer] @ inputs[0][..., None])[..., 0] + (0 if layer.bias is None else layer.bias)
-    for draft in drafts:
-        draft.layer.register_forward_hook(with_a_weight_for_every_token)
-    F.cross_entropy(model(ids).logits.flatten(0, 1), labels, reduction="sum").backward()
-    for draft in drafts:
-        expected = (found[draft.layer] * found[draft.layer].grad).square().mean((0, 1)).sum(1)
-        assert_close(draft.worth().sum(1), expected, rtol=1e-3, atol=1e-5 * expected.max().item())
-        shares = draft.worth() / (matrix(draft.layer) ** 2 * draft.G.diagonal())
-        assert_close(shares, shares[:, :1].expand_as(shares), rtol=1e-2, atol=0)
+    new = rpca.LowRankPlusSparse(n, m, k, len(stored["values"]), bias, dtype=S.dtype, device=device)
+    new.load_state_dict({key: state[key] for key in state if key != "S"} | stored)
+    new.unpack()
+    assert torch.equal(new.S, layer.S) and torch.equal(new(x), layer(x))
+    for one in (layer, new):                                          # S once, dense, and the marker
+        places = [place for part in one.modules() for place in (vars(part), part._parameters, part._buffers)]
+        held = [value.numel() for place in places for value in place.values() if torch.is_tensor(value)]
+        assert sum(held) == m * n + k * (m + n) + m * bias + 1
 
 
 def test_the_worths_of_a_row_add_up_to_the_second_differences_of_the_loss(monkeypatch):
@@ -1831,7 +1703,6 @@ def test_l_is_given_only_where_it_lowers_the_predicted_loss():
         assert losses[chosen] < losses[2 - chosen]
 
 
-@pytest.mark.parametrize("make", MODELS)
 def test_one_run_meets_every_budget_and_splits_a_batch_as_it_splits_one(make, monkeypatch):
     found, sizes, split = [], {1: [], 2 ** 26: []}, rpca.rpca
     for entries in sizes:
@@ -1849,7 +1720,6 @@ def test_one_run_meets_every_budget_and_splits_a_batch_as_it_splits_one(make, mo
         assert sum(stored) == int((1 - ratio) * sum(draft.m * draft.n for draft in drafts) + 1e-6)
 
 
-@pytest.mark.parametrize("make", MODELS)
 def test_a_round_keeps_the_worthiest_and_refits_with_every_g_moved_once(make):
     drafts, far, moves = rpca.drafted(model := make(), block_layers(model), [tokens(8, 32)]), {}, []
     refitted, rounds = ([copy.copy(draft) for draft in drafts] for _ in range(2))
@@ -1884,9 +1754,8 @@ def gpt2_with_planted_and_dead_layers():
     return model
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"rank_share": 0.3, "refitted": False, "steps": 0}, {"scale": False, "rounds": 2},
-    {"estimator": "policy"}])
+@pytest.mark.parametrize("settings", [{}, {"rank_share": 0.3, "refitted": False, "steps": 0},
+    {"scale": False, "rounds": 2}, {"estimator": "policy"}])
 @pytest.mark.parametrize("make", [*MODELS, gpt2_with_planted_and_dead_layers])
 def test_compress_meets_the_budget_with_the_weights_that_it_says(make, settings):
     for ratio in (0.2, 0.5, 0.8):
@@ -1909,22 +1778,16 @@ def test_compress_meets_the_budget_with_the_weights_that_it_says(make, settings)
         assert torch.equal(logits(model, tokens(3, 20)), logits(again, tokens(3, 20)))
 
 
-@pytest.mark.parametrize("make", MODELS)
 def test_gains_fold_into_what_is_stored(make):
-    model, ids = make().double(), tokens(2, 16)
-    drafts, found = rpca.drafted(model, block_layers(model), [ids]), []
+    drafts = rpca.drafted(model := make().double(), block_layers(model), [tokens(2, 16)])
     rpca.set_ranks(drafts, 0.5, 0.3, False)
     rpca.choose_by_metric(drafts, 0.5, 2, rpca.keep_worthiest, True, False)
     for draft in drafts:
         draft.a, draft.c = (nn.Parameter(gain.double().uniform_(0.5, 1.5)) for gain in (draft.a, draft.c))
-    for new in (drafts, [draft.finish() for draft in drafts]):
-        with swapped(model, dict(zip(block_layers(model).values(), new))):
-            found.append(logits(model, ids))
-    assert_close(*found, rtol=1e-4, atol=1e-6)                        # Llama's norms are in float32
-    for draft, new in zip(drafts, new):
-        W = draft.a[:, None] * (draft.U @ draft.V + draft.S) * draft.c
-        low_rank = new.up.weight @ new.down.weight if new.up else 0
-        assert_close(new.S + low_rank, W, rtol=1e-5, atol=1e-6)
+        x, new = random(50, draft.n), draft.finish()
+        W = draft.a[:, None] * (draft.U.double() @ draft.V.double() + draft.S) * draft.c
+        for layer in (draft, new):
+            assert_close(layer(x), F.linear(x, W, draft.layer.bias))
         assert torch.equal(new.S != 0, draft.S != 0)
 
 
@@ -1934,22 +1797,6 @@ def test_the_gradient_of_a_gain_is_right_and_does_not_overflow_float16():
     gain = torch.ones(4, requires_grad=True)
     rpca.Gain.apply(torch.full((2048, 4), 100.0).half(), gain).sum(dtype=torch.float32).backward()
     assert gain.grad.tolist() == [204_800.0] * 4
-
-
-def test_learning_the_gains_lowers_the_divergence_also_on_other_text_and_changes_nothing_that_is_kept():
-    from pydoc_data.topics import topics
-    dense, tokenizer = eval_ppl.load_model(eval_ppl.BUNDLED, torch.device("cpu"), torch.float32)
-    batches = encode(tokenizer, "\n\n".join(topics.values())[:30_000])[:640].view(5, 2, 64)
-    targets, found, masks = [logits(dense, ids) for ids in batches], [], []
-    for steps in (0, 20):
-        torch.manual_seed(0)
-        model = rpca.compress(copy.deepcopy(dense), batches[:4], 0.8, steps)
-        found.append([divergence(targets[part], model, batches[part]) for part in (slice(4), slice(4, 5))])
-        masks.append([(module.S != 0, module.spec) for module in model.modules() if hasattr(module, "S")])
-        assert all(p.requires_grad for p in model.parameters())
-    (seen, other), (seen_learned, other_learned) = found
-    assert seen_learned < 0.8 * seen and other_learned < 0.95 * other
-    assert all(torch.equal(a, b) and x == y for (a, x), (b, y) in zip(*masks))
 
 
 def test_each_ratio_of_a_run_gets_its_share_of_steps_and_is_as_good_as_a_run_of_its_own(monkeypatch):
@@ -1980,8 +1827,6 @@ def test_settings_that_cannot_be_met_are_refused_before_the_work(name, value, mo
     monkeypatch.setattr(rpca, "drafted", None)
     with pytest.raises(CannotCompress, match=f"{name} {value!r}" if value else name):
         rpca.compress(tiny_gpt2(), **{"batches": [tokens(2, 16)], name: value})
-    with torch.inference_mode(), pytest.raises(CannotCompress, match="inference_mode"):
-        rpca.compress(tiny_gpt2(), [tokens(2, 16)])
 
 
 @pytest.mark.parametrize("tenths", [3, 5, 8, 9])
