@@ -173,14 +173,14 @@ def test_factors_are_the_singular_value_decomposition_in_the_metric(basis, m, n,
     x, g, G, R = metric_of(basis, m, n, device)
     U, sigma, V = factor(W, G, R, damping=1e-13, output_damping=1e-13)
     assert (U.shape, sigma.shape, V.shape) == ((m, min(m, n)), (min(m, n),), (min(m, n), n))
-    torch.testing.assert_close((U * sigma) @ V, W, rtol=1e-8, atol=1e-8)
+    assert_close((U * sigma) @ V, W, rtol=1e-8, atol=1e-8)
     seen = {"plain": W, "whitened": W @ x.T / 60 ** 0.5, "two-sided": g @ W @ x.T / 60}[basis]
-    torch.testing.assert_close(sigma, torch.linalg.svdvals(seen)[:len(sigma)], rtol=1e-7, atol=1e-8)
+    assert_close(sigma, torch.linalg.svdvals(seen)[:len(sigma)], rtol=1e-7, atol=1e-8)
     for k in range(len(sigma)):                     # what truncation costs, by the definition of each metric
         change = W - (U[:, :k] * sigma[:k]) @ V[:k]
         cost = {"plain": change.square().sum(), "whitened": (x @ change.T).square().sum(1).mean(),
                 "two-sided": (g @ change @ x.T).square().mean()}[basis]       # of every g with every x
-        torch.testing.assert_close(cost, sigma[k:].square().sum(), rtol=1e-7, atol=0)
+        assert_close(cost, sigma[k:].square().sum(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("W, G, R", [
@@ -191,7 +191,7 @@ def test_factors_are_the_singular_value_decomposition_in_the_metric(basis, m, n,
 ], ids=["zero weight", "rank one", "all zero", "mostly zero"])
 def test_a_degenerate_metric_still_gives_the_weight_back(W, G, R):
     U, sigma, V = factor(W, G, R)
-    torch.testing.assert_close((U * sigma) @ V, W.double(), rtol=1e-6, atol=1e-6)
+    assert_close((U * sigma) @ V, W.double(), rtol=1e-6, atol=1e-6)
 
 
 CHOICES = {1: [(4, 30), (5, 5), (9, 6)], 3: [(10, 30), (13, 13), (2, 9)], 8: [(20, 40), (24, 25), (17, 70)]}
@@ -244,7 +244,7 @@ def test_kl_divergence_and_its_gradient_match_the_plain_formula(dtype, tolerance
     loss = KLDivergence.apply(teacher, ours.requires_grad_())
     logs = plain.log_softmax(-1), teacher.double().log_softmax(-1)
     expected = F.kl_div(*logs, log_target=True, reduction="sum") / 10
-    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    assert_close(loss.double(), expected, rtol=tolerance, atol=0)
     (3 * loss).backward()
     (3 * expected).backward()
     assert_near(ours.grad.double(), plain.grad, tolerance)
@@ -266,10 +266,10 @@ def scored(kind, m, n, basis="plain", device="cpu"):
 def test_what_is_learned_gets_its_gradient_and_masked_scores_that_of_coming_back(basis, kind, device):
     layer, student, x = scored(kind, 5, 11, basis, device)
     for inputs in (x, x[None], x[:0], x[None, :0]):                   # scores of one, full rank
-        torch.testing.assert_close(student(inputs), layer(inputs), rtol=1e-9, atol=1e-9)
+        assert_close(student(inputs), layer(inputs), rtol=1e-9, atol=1e-9)
     student.kept[1:] = 0                            # rank 1 takes 16 of 55 parameters, rank 2 more than half
     half = soco.truncated(layer, *factor(matrix(layer), *metric_of(basis, 5, 11, device)[2:]), 0.5)
-    torch.testing.assert_close(half(x), student(x), rtol=1e-6, atol=1e-6)
+    assert_close(half(x), student(x), rtol=1e-6, atol=1e-6)
     target = random(4, 5, seed=8, device=device)
     for seed, name in enumerate(LEARNED):
         size = len(getattr(student, name))
@@ -296,7 +296,7 @@ def test_what_is_stored_answers_like_what_learned(kind, kept, m, n, device):
     student.kept[:-kept] = 0
     layer.weight.requires_grad_(False)
     expected, new, k = student(x), student.finish(), min(kept, m, n)
-    torch.testing.assert_close(new(x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(new(x), expected, rtol=1e-5, atol=1e-5)
     assert type(new) is (LowRankLinear if k * (m + n) < m * n else type(layer))
     assert sum(p.numel() for p in new.parameters()) == min(k * (m + n), m * n) + m
     assert new.weight.dtype == layer.weight.dtype and not any(p.requires_grad for p in new.parameters())
@@ -336,10 +336,10 @@ def test_a_scored_layer_is_moved_and_restored_like_any_module():
     state, again = student.state_dict(), scored("linear", 7, 5, "two-sided")[1].double()
     assert state.keys() == {*LEARNED, "U", "V", "price", "kept", "layer.weight", "layer.bias"}
     again.load_state_dict(state)
-    torch.testing.assert_close((again(x), again.price), (student(x), student.price), rtol=1e-12, atol=1e-12)
+    assert_close((again(x), again.price), (student(x), student.price), rtol=1e-12, atol=1e-12)
     moved = again.to(torch.float32)
     assert {value.dtype for value in moved.state_dict().values()} == {torch.float32}
-    torch.testing.assert_close(moved(x.float()), student(x).float(), rtol=1e-5, atol=1e-5)
+    assert_close(moved(x.float()), student(x).float(), rtol=1e-5, atol=1e-5)
     assert {value.device.type for value in moved.to("meta").state_dict().values()} == {"meta"}
 
 
@@ -439,7 +439,7 @@ def test_a_metric_in_groups_of_blocks_is_the_same_and_one_group_is_held_at_a_tim
     room = 10 * sum(m * m + n * n + m * n for m, n in shapes)    # bytes: 2.5 blocks in float32
     for name, layer, metric in soco.measured(model, layers, batches, room=room):
         names.append(name)
-        torch.testing.assert_close(tuple(metric), tuple(at_once[name]))
+        assert_close(tuple(metric), tuple(at_once[name]))
         del metric
     assert names == list(layers) and groups == [["0", "1"], ["2", "3"], ["4"]]
     assert len(list(soco.measured(model, layers, batches))) == 35 and len(groups) == 4        # room for all
@@ -491,7 +491,7 @@ def test_shrinking_keeps_the_function_and_sorts_what_adam_remembers():
     with swapped(model, students):
         before = logits(model, IDS)
         spectrum.shrink(half, optimizer)
-        torch.testing.assert_close(logits(model, IDS), before, rtol=1e-4, atol=1e-4)
+        assert_close(logits(model, IDS), before, rtol=1e-4, atol=1e-4)
     assert [len(layer) for layer in told()] == spectrum.ranks == pool.sum(1).tolist()
     assert all(layer.items() <= old.items() for layer, old in zip(told(), known))
     assert torch.equal(spectrum.choice(2 * half).sum(1), pool.sum(1))  # the others are out for good
@@ -930,7 +930,7 @@ def test_what_the_readme_lists_works_where_it_is_pasted(name):
         home = next(script for script in (soco, rpca, eval_ppl)
                     if getattr(getattr(script, part, None), "__module__", None) == script.__name__)
         exec(inspect.getsource(getattr(home, part)), place)
-    same = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    same = functools.partial(assert_close, rtol=1e-4, atol=1e-5)
     exec(PASTED[name][1], place | {"W": random(4, 5), "same": same, "model": tiny_gpt2(), "ids": tokens(16)})
 
 
@@ -1225,7 +1225,7 @@ def test_a_loaded_model_behaves_like_any_other(method, saved, house, tmp_path):
     for model in (auto(folder).half().float(), read(folder, dtype=torch.bfloat16).float()):
         assert (logits(model, IDS) - expected).norm() < 0.02 * expected.norm()
     traced = torch.compile(read(folder), backend="aot_eager")
-    torch.testing.assert_close(logits(traced, IDS), expected, rtol=1e-4, atol=1e-4)
+    assert_close(logits(traced, IDS), expected, rtol=1e-4, atol=1e-4)
     words = pipeline("text-generation", str(folder))("w1 w2", max_new_tokens=3, do_sample=False)
     assert words[0]["generated_text"].startswith("w1 w2")
     for main in (True, False):                      # the second writes nothing
@@ -1238,16 +1238,16 @@ def test_a_loaded_model_behaves_like_any_other(method, saved, house, tmp_path):
     pytest.importorskip("accelerate")
     for device_map in ("auto", {"": "cpu"}):
         model = read(folder, device_map=device_map)
-        torch.testing.assert_close(logits(model, IDS.to(model.device)).cpu(), expected, rtol=1e-4, atol=1e-4)
+        assert_close(logits(model, IDS.to(model.device)).cpu(), expected, rtol=1e-4, atol=1e-4)
     dense = [auto(house / "model", device_map=where) for where in ({"": "cpu"}, None)]
     found = [logits(compressed(method, lambda: model), IDS) for model in dense]
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
 def test_int8_weights_apply_on_top(saved):
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(model := load(saved["soco"][0]), quantization.Int8WeightOnlyConfig())
-    torch.testing.assert_close(logits(model, IDS), saved["soco"][1], rtol=0.1, atol=0.1)
+    assert_close(logits(model, IDS), saved["soco"][1], rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -1267,7 +1267,7 @@ def test_a_model_is_trained_whole_or_by_lora_and_saved(method, lora, saved, tmp_
     assert not torch.equal(expected, saved[method][1])
     assert all((module.S[zero] == 0).all() for module, zero in zeros.items())
     model = trained.merge_and_unload() if lora else trained
-    torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
+    assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
     METHODS[method].save(model, tmp_path / "new")
     (other := read(folder)).load_state_dict(model.state_dict())
     for again in (read(tmp_path / "new"), other):
