@@ -423,13 +423,12 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
     return install(model, "cap", layers, new)
 
 
-def drafted(model, layers, batches, scale=True, progress=False, visit=lambda *_: None):
-    """A Draft of each of `layers` {name: layer}; visit(layer, metric) sees each metric. Of the Gram matrices,
-    up to half of what is free stay on the devices, and the others go to main memory."""
+def drafted(model, layers, batches, scale=True, progress=False):
+    """A Draft of each of `layers` {name: layer}. Of the Gram matrices, up to half of what is free stay on the
+    devices, and the others go to main memory."""
     room = min(free_memory(layer.weight.device) for layer in layers.values()) // 2
     drafts, latest = [], (None, None)
     for _, layer, metric in measured(model, layers, batches, progress, by_row=True):
-        visit(layer, metric)
         if metric.G is not latest[0]:                                 # q, k and v share one
             room -= metric.G.nbytes
             latest = metric.G, metric.G if room > 0 else metric.G.cpu()
@@ -600,9 +599,13 @@ def wanda(W, G, ratio):
     return keep_largest(W, W.abs() * G.diagonal().sqrt(), ratio)
 
 
-def pruned(layer, prune, G, ratio):
-    """A dense layer of prune(W, G, ratio)."""
-    return dense_like(layer, prune(matrix(layer).float(), G.to(layer.weight.device), ratio), layer.bias)
+def pruned(drafts, prune, ratio):
+    """{dense layer: another of the weight prune(W, G, ratio)} of every draft."""
+    new = {}
+    for draft in drafts:
+        W = prune(matrix(draft.layer).float(), draft.G.to(draft.rows.device), ratio)
+        new[draft.layer] = dense_like(draft.layer, W, draft.layer.bias)
+    return new
 
 
 def main():
@@ -621,25 +624,17 @@ def main():
         raise UserError(f"--ratio {args.ratio}: the policy learns for one; give one, or --estimator metric")
     with contextlib.ExitStack() as stack:
         run = Run("cap", args, STEPS, stack)
-        model, layers, baselines = run.model, run.layers, {}
         batches = sample_batches(run.calibration, args, args.metric_batches)
         run.score("dense", "dense")
-
-        def prune_one(layer, metric):
-            for ratio in () if args.no_baselines else args.ratio:
-                for prune, label in ((magnitude, "magnitude"), (wanda, "Wanda, row-wise")):
-                    new = baselines.setdefault((prune.__name__, label, ratio), {})
-                    new[layer] = pruned(layer, prune, metric.G, ratio)
-
         with run.clock("metric"):
-            drafts = drafted(model, layers, batches, not args.no_scale, progress=True, visit=prune_one)
-        for row in list(baselines):
-            run.score(*row, baselines.pop(row), pruned=True)
-
+            drafts = drafted(run.model, run.layers, batches, not args.no_scale, progress=True)
+        for ratio in () if args.no_baselines else args.ratio:
+            for prune, label in ((magnitude, "magnitude"), (wanda, "Wanda, row-wise")):
+                run.score(prune.__name__, label, ratio, pruned(drafts, prune, ratio), pruned=True)
         if args.estimator == "metric":
             with run.clock("stage 1"):
                 set_ranks(drafts, args.ratio[-1], args.rank_share, progress=True)
-        models = prune_down(model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
+        models = prune_down(run.model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
                             not args.no_refit, lr=args.lr, seed=args.seed, progress=True)
         run.write_each(models, f"CAP, {args.estimator}")
 

@@ -89,7 +89,7 @@ class Bench:
         return next(new for at, (_, new) in self.runs[method] if at == ratio)
 
     def pruned(self, ratio, prune):
-        return {draft.layer: rpca.pruned(draft.layer, prune, draft.G, ratio) for draft in self.drafts()}
+        return rpca.pruned(self.drafts(), prune, ratio)
 
     def svd(self, ratio, basis):
         """The first components of every matrix, as many as `ratio` leaves of it."""

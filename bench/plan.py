@@ -5,8 +5,8 @@
     python bench/plan.py --table                                   # known shapes on 24 and 80 GB
 
 Memory: weights, factors (soco.py) or drafts (rpca.py), the metric's sums over a group of blocks, what a
-forward pass keeps for the backward pass. Not planned: the baselines' matrices (--no-baselines makes none),
-the policy gradient, and what several processes send each other.
+forward pass keeps for the backward pass. Not planned: the baselines of soco.py, which wait in memory to be
+scored, the policy gradient, and what several processes send each other.
 """
 import sys
 import tempfile
