@@ -11,7 +11,6 @@ that a run goes on where it was stopped, and ratios before the last can be added
 """
 import copy
 import json
-import math
 import re
 import sys
 import time
@@ -185,8 +184,8 @@ def main():
         variants[variant] = bench.perplexity(new) | {"seconds": seconds}
         path.write_text(json.dumps(results, indent=1) + "\n")
         gaps = {key: row["nll"] - variants["dense"]["nll"] for key, row in variants.items()}
-        ppl, quotient = variants[variant]["ppl"], gaps[variant] / (gaps.get(reference) or math.nan)
-        say(f"{variant:50} ppl {ppl:9.2f} gap {gaps[variant]:7.4f}, {quotient:.3f} of {reference}")
+        quotient = f", {gaps[variant] / gaps[reference]:.3f} of {reference}" if gaps.get(reference) else ""
+        say(f"{variant:50} ppl {variants[variant]['ppl']:9.2f} gap {gaps[variant]:7.4f}{quotient}")
 
     score_once("dense", dict, "dense")
     for ratio in args.ratio:
