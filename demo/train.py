@@ -2,10 +2,11 @@
 
     python demo/train.py FOLDER       # about half an hour on two cores; writes the model and its tokenizer
 
-Text: the help topics and docstrings of the standard library (`stdlib` in eval_ppl.py, Python 3.11), the train split to
-learn and the test split for perplexity, and to learn also the comments of its modules and the docstrings and comments
-of its own tests, those of held-out modules excepted. It prints, on the same held-out tokens, the perplexity of an
-interpolated trigram model (Kneser-Ney discounting) of the same training text beside the model's own.
+Text: the help topics and docstrings of the standard library (`stdlib` in eval_ppl.py, Python 3.11), the train
+split to learn and the test split for perplexity, and to learn also the comments of its modules and the
+docstrings and comments of its own tests, those of held-out modules excepted. It prints, on the same held-out
+tokens, the perplexity of an interpolated trigram model (Kneser-Ney discounting) of the same training text
+beside the model's own.
 """
 import argparse
 import collections
@@ -40,7 +41,7 @@ def comments(source):
                     texts.append(words)
                 last = token.start[0]
     except (tokenize.TokenError, SyntaxError, UnicodeDecodeError):
-        pass                                                 # the library's tests hold files that are broken on purpose
+        pass                         # the library's tests hold files that are broken on purpose
     return [text for text in texts if len(text) > 40]
 
 
@@ -66,15 +67,16 @@ def train_tokenizer(text):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(text.split("\n\n"), trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=VOCAB, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
 def trigram_perplexity(train, test, seqlen, discount=0.75):
     """Interpolated Kneser-Ney trigram, scored on the blocks and positions that the model is scored on."""
     trigrams = collections.Counter(zip(train, train[1:], train[2:]))
-    bigrams = collections.Counter((b, c) for _, b, c in trigrams)          # continuation counts from here down
+    bigrams = collections.Counter((b, c) for _, b, c in trigrams)         # continuation counts, from here
     unigrams = collections.Counter(c for _, c in bigrams)
 
     def totals(counts):
@@ -100,23 +102,27 @@ def trigram_perplexity(train, test, seqlen, discount=0.75):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("folder")
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = train_tokenizer(stdlib("train"))
-    train, test = (encode(tokenizer, text) for text in (stdlib("train") + "\n\n" + more_text(), stdlib("test")))
+    texts = stdlib("train") + "\n\n" + more_text(), stdlib("test")
+    train, test = (encode(tokenizer, text) for text in texts)
     config = GPT2Config(vocab_size=VOCAB, n_positions=SEQLEN, n_embd=160, n_layer=5, n_head=5,
                         resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} train tokens, {len(test):,} test")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters, {len(train):,} train tokens, {len(test):,} test")
     print(f"trigram perplexity {trigram_perplexity(train.tolist(), test.tolist(), SEQLEN):.2f}")
-    blocks = [p for p in model.transformer.h.parameters() if p.ndim == 2]       # Muon for these, AdamW for the rest
+    blocks = [p for p in model.transformer.h.parameters() if p.ndim == 2]   # Muon's; AdamW has the rest
     others = [p for p in model.parameters() if not any(p is q for q in blocks)]
-    optimizers = [torch.optim.Muon(blocks, lr=MUON_LR, weight_decay=0.1), torch.optim.AdamW(others, lr=ADAM_LR, weight_decay=0.0)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, 1 - step / args.steps))
-                 for optimizer in optimizers]
+    optimizers = [torch.optim.Muon(blocks, lr=MUON_LR, weight_decay=0.1),
+                  torch.optim.AdamW(others, lr=ADAM_LR, weight_decay=0.0)]
+    rate = lambda step: min((step + 1) / 100, 1 - step / args.steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     progress = tqdm(range(args.steps), mininterval=10)
     for step in progress:
         starts = torch.randint(len(train) - SEQLEN, (BATCH,)).tolist()
@@ -129,7 +135,8 @@ def main():
         for stepped in optimizers + schedules:
             stepped.step()
         if step % 500 == 0 or step == args.steps - 1:
-            progress.write(f"step {step}: loss {loss.item():.3f}, held-out perplexity {perplexity(model, test, SEQLEN).ppl:.2f}")
+            held_out = perplexity(model, test, SEQLEN).ppl
+            progress.write(f"step {step}: loss {loss.item():.3f}, held-out perplexity {held_out:.2f}")
     model.half().save_pretrained(args.folder)
     tokenizer.save_pretrained(args.folder)
 
