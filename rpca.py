@@ -48,9 +48,9 @@ from soco import (KINDS, LR, PACKERS, SOURCES, CannotCompress, Run, add_run_flag
 # ---- stage 1: principal component pursuit --------------------------------------------------------
 
 class RPCA(NamedTuple):
-    U: torch.Tensor          # [..., m, k] orthonormal columns
-    sigma: torch.Tensor      # [..., k] singular values of L, falling; a batch is padded with zeros,
-    V: torch.Tensor          # [..., k, n] orthonormal rows, and so is V (U if m > n): L = U diag(sigma) V
+    U: torch.Tensor          # [..., m, k] orthonormal columns: L = U diag(sigma) V
+    sigma: torch.Tensor      # [..., k] singular values of L, falling; a batch is padded with zeros
+    V: torch.Tensor          # [..., k, n] orthonormal rows; zero where padded (if m > n, U's columns are)
     S: torch.Tensor          # [..., m, n] the sparse part
     residuals: list          # |W - L - S|_F / |W|_F after each iteration, the largest of a batch
 

@@ -584,7 +584,7 @@ def check(layers, batches, ratio, steps, basis, stages, group, learned):
     parts = len(stages) == 3 and min(stages) >= 0 and math.isclose(sum(stages), 1)
     if (steps or 0) < 0 or group < 1 or basis not in BASES or not parts:
         raise CannotCompress(f"steps {steps}, group {group}, basis {basis!r} or stages {stages} cannot be: "
-                             f"give steps >= 0, group >= 1, a basis of {', '.join(BASES)}, three parts of 1")
+                             f"give steps >= 0, group >= 1, one of {', '.join(BASES)}, three parts of sum 1")
     if not learned or not set(learned) <= set(LEARNED):
         raise CannotCompress(f"learned {learned!r} cannot be: give one or more of {', '.join(LEARNED)}")
     least = sum(min(group * sum(layer.weight.shape), layer.weight.numel()) for layer in layers.values())

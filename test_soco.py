@@ -677,7 +677,7 @@ def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         waits.append((learning.waits, of_gains.waits))
     assert learning.all <= 2.0 * dense.all * steps and of_gains.all <= 1.7 * dense.all * steps
-    assert waits[0] == waits[1] and learning.waits <= 6 * steps and of_gains.waits <= 3 * steps
+    assert waits[0] == waits[1] and learning.waits <= 5 * steps and of_gains.waits <= 3 * steps
 
 
 # ---- architectures --------------------------------------------------------------------------------
@@ -818,6 +818,8 @@ def test_texts_are_read_and_encoded_whole_and_marks_of_rare_words_not_learned_fr
         archive.writestr("wikitext-2-raw/wiki.test.raw", " \n = Title = \n \nOne @-@ two .\n")
         archive.writestr("wikitext-2-raw/wiki.train.raw", "train\n")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: tmp_path / "wikitext.zip")
+    assert [eval_ppl.default_text(model) for model in (os.path.relpath(ROOT / "demo"), "gpt2")] == [
+        "stdlib", "wikitext2"]
     assert eval_ppl.load_text("wikitext2", "train") == "train\n"
     assert eval_ppl.load_text("wikitext2", "test") == "\n\n = Title = \n\n\n\n\nOne @-@ two .\n"
     (tmp_path / "marked").write_text(" <unk> ".join(text(100, seed=0).split()))
@@ -1236,6 +1238,10 @@ def test_a_loaded_model_behaves_like_any_other(method, saved, house, tmp_path):
     with pytest.raises(CannotCompress, match="not compressed"):
         save(tiny_gpt2(), tmp_path / "dense")
     pytest.importorskip("accelerate")
+    where = dict.fromkeys(["transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"], "cpu")
+    offloaded, _ = eval_ppl.load_model(str(house / "model"), None, None, where | {"transformer.h": "disk"})
+    assert any(p.is_meta for p in offloaded.parameters())
+    assert perplexity(offloaded, IDS[0], 16).nll == pytest.approx(perplexity(tiny_gpt2(), IDS[0], 16).nll)
     for device_map in ("auto", {"": "cpu"}):
         model = read(folder, device_map=device_map)
         assert_close(logits(model, IDS.to(model.device)).cpu(), expected, rtol=1e-4, atol=1e-4)
