@@ -74,10 +74,15 @@ def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
 
 
 def cholesky(M, damping):
-    """Lower triangular factor of M [k, k], `damping` times its mean diagonal added there; in float64."""
-    M = M.to(torch.float64, copy=True)
-    M.diagonal().add_(damping * M.diagonal().mean().clamp_min(1e-30))
-    return torch.linalg.cholesky(M)
+    """Lower triangular factor of M [k, k], `damping` times its mean diagonal added there; in float64. Where M
+    is indefinite by the rounding of its sums, ten times as much, or a hundred. Raises LinAlgError."""
+    M, mean = M.to(torch.float64, copy=True), M.diagonal().mean(dtype=torch.float64).clamp_min(1e-30)
+    for more in (damping, 9 * damping, 90 * damping):
+        M.diagonal().add_(more * mean)
+        L, failed = torch.linalg.cholesky_ex(M)
+        if not failed:
+            return L
+    raise torch.linalg.LinAlgError("the matrix has negative eigenvalues, or a NaN")
 
 
 def stored_parameters(k, m, n):
@@ -877,6 +882,7 @@ def replace_layers(model, specs):
 def digest(stored):
     """Of what config.json says of the model: any change of it after saving is found."""
     told = stored | dict.fromkeys(["digest", "auto_map", "architectures", "transformers_version"])
+    told.pop("_commit_hash", None)                   # some versions of transformers add it as they read
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
