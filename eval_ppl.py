@@ -220,12 +220,11 @@ def load_model(name, device, dtype, device_map=None, **options):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = load(name, dtype=dtype, device_map=device_map, **options)
         model = model if device_map else model.to(device)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # of transformers, tokenizers, safetensors, ...
         innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(innermost).parent == Path(__file__).parent and not isinstance(error, (ValueError, OSError)):
-            raise                                                 # ... but not a defect of ours
+        ours = Path(innermost).parent == Path(__file__).parent and not isinstance(error, (ValueError, OSError))
+        if ours or out_of_memory(error):                          # ... but not a defect of ours
+            raise
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load --model {name}: {why}; give a folder with config.json, "
                         f"model.safetensors and a tokenizer, or a hub id") from error
@@ -406,6 +405,12 @@ def say(line):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory is full: of the host, of a device, of one of CUDA's libraries."""
+    told = re.search("allocate memory|out of memory|ALLOC_FAILED", str(error))
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(told)
+
+
 def run(main, *bad_input):
     """Call a script's main(). Bad input (UserError, `bad_input`) ends it with one line and exit code 2; a
     defect keeps its traceback. Of several processes that torchrun started, the first alone prints, but for
@@ -436,8 +441,7 @@ def run(main, *bad_input):
     except (UserError, FloatingPointError, *bad_input) as error:
         fail(" ".join(str(error).split()))
     except (RuntimeError, MemoryError) as error:
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not memory and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         fail(f"out of memory: {str(error).partition(chr(10))[0]}; give a smaller --seqlen or batch, or "
              f"--device-map")

@@ -1353,16 +1353,18 @@ def test_help_shows_every_flag(script, command):
 
 @pytest.mark.parametrize("script", ["soco.py", "rpca.py"])
 def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(script, command, tmp_path):
-    line = "--no-baselines --ratio 0.3 0.5 --seed 3 --eval-seqlen 16 --eval-stride 8 --bos --out 1"
+    line = "--no-baselines --ratio 0.3 0.5 --seed 3 --eval-seqlen 16 --eval-stride 8 --bos"
     line += " --device-map cpu" if importlib.util.find_spec("accelerate") else ""
-    code, out, err = command(script, line)
+    code, out, err = command(script, [*line.split(), "--out", "one run"])
     assert (code, err) == (0, "") and out.count("--seqlen 16 --stride 8 --bos 63 --blocks 3\n") == 2
-    assert {path.name for path in tmp_path.glob("1/*")} == {"0.3", "0.5"}
+    assert {path.name for path in tmp_path.glob("one run/*")} == {"0.3", "0.5"}
     for ratio in (0.3, 0.5):
-        report = metrics(tmp_path / "1" / str(ratio))
+        folder = tmp_path / "one run" / str(ratio)
+        report = metrics(folder)
+        assert f"python eval_ppl.py --model '{folder}' --eval " in out
         assert report["ratio"] == ratio and report["ppl"].keys() == {"dense", "compressed"}
         assert (0.9 - ratio) < report["kept_params"] / report["compressible_params"] <= 1 - ratio
-        found = perplexity(load(tmp_path / "1" / str(ratio)), tokens(1000, seed=1), 16, 8, 3, bos=63).ppl
+        found = perplexity(load(folder), tokens(1000, seed=1), 16, 8, 3, bos=63).ppl
         assert found == pytest.approx(report["ppl"]["compressed"], rel=1e-4)
     words = ["--ratio", "0.3", "0.5", "--eval", report["eval"]["data"], "--out", "two"]
     for flag in {*FLAGS[script].split()} - {"ratio", "eval", "out"}:
@@ -1445,6 +1447,15 @@ def test_bad_input_is_one_line_and_writes_nothing(script, line, command, house, 
     assert code == 2 and err.count("\n") == 1 and err.startswith(f"{script}: error: "), err
     assert NAMED.get(word, word) in err and (out == "" or word == "loud"), err
     assert tree(bad) == before and tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("place, name", [(eval_ppl, "load_dense"), (soco, "choose")])
+@pytest.mark.parametrize("full", [MemoryError(), *map(RuntimeError, [
+    "CUDA out of memory. Tried", "CUDA error: out of memory\nFor", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])])
+def test_full_memory_is_told_in_one_line(full, place, name, command, monkeypatch, tmp_path):
+    monkeypatch.setattr(place, name, lambda *args, **options: (_ for _ in ()).throw(full))
+    code, _, err = command("soco.py", "")
+    assert (code, err.count("\n"), "error: out of memory" in err, tree(tmp_path)) == (2, 1, True, [])
 
 
 @pytest.mark.parametrize("script, place, name", [
