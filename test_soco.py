@@ -188,10 +188,13 @@ def test_factors_are_the_singular_value_decomposition_in_the_metric(basis, m, n,
     (torch.ones(4, 6), torch.ones(6, 6), None),
     (random(4, 6), torch.zeros(6, 6), torch.zeros(4, 4)),
     (random(4, 6), torch.tensor([1e6, 1, 1e-6, 0, 0, 0]).diag(), torch.tensor([1, 0, 0, 1e-9]).diag()),
-], ids=["zero weight", "rank one", "all zero", "mostly zero"])
+    (random(4, 6), torch.tensor([1, 1, 1, 1, 1, -5e-3]).diag(), None),
+], ids=["zero weight", "rank one", "all zero", "mostly zero", "rounded below zero"])
 def test_a_degenerate_metric_still_gives_the_weight_back(W, G, R):
     U, sigma, V = factor(W, G, R)
     assert_close((U * sigma) @ V, W.double(), rtol=1e-6, atol=1e-6)
+    with pytest.raises(torch.linalg.LinAlgError, match="negative"):
+        factor(W, -torch.eye(6))
 
 
 CHOICES = {1: [(4, 30), (5, 5), (9, 6)], 3: [(10, 30), (13, 13), (2, 9)], 8: [(20, 40), (24, 25), (17, 70)]}
