@@ -1456,7 +1456,7 @@ def test_bad_input_is_one_line_and_writes_nothing(script, line, command, house, 
 
 @pytest.mark.parametrize("place, name", [(eval_ppl, "load_dense"), (soco, "choose")])
 @pytest.mark.parametrize("full", [MemoryError(), *map(RuntimeError, [
-    "CUDA out of memory. Tried", "CUDA error: out of memory\nFor", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])])
+    "CUDA out of memory. Try", "CUDA error: out of memory\nFor", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])])
 def test_full_memory_is_told_in_one_line(full, place, name, command, monkeypatch, tmp_path):
     monkeypatch.setattr(place, name, lambda *args, **options: (_ for _ in ()).throw(full))
     code, _, err = command("soco.py", "")
