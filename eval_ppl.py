@@ -220,11 +220,11 @@ def load_model(name, device, dtype, device_map=None, **options):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = load(name, dtype=dtype, device_map=device_map, **options)
         model = model if device_map else model.to(device)
-    except Exception as error:                       # of transformers, tokenizers, safetensors, ...
+    except Exception as error:  # of transformers, tokenizers, safetensors, ...
         innermost = traceback.extract_tb(error.__traceback__)[-1].filename
         ours = Path(innermost).parent == Path(__file__).parent
-        if out_of_memory(error) or ours and not isinstance(error, (ValueError, OSError)):  # of ours: a defect
-            raise
+        if out_of_memory(error) or ours and not isinstance(error, (ValueError, OSError)):
+            raise                                                 # ... but not full memory, nor our defects
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load --model {name}: {why}; give a folder with config.json, "
                         f"model.safetensors and a tokenizer, or a hub id") from error

@@ -77,7 +77,7 @@ def cholesky(M, damping):
     """Lower triangular factor of M [k, k], `damping` times its mean diagonal added there; in float64. Where M
     is indefinite by the rounding of its sums, ten times as much, or a hundred. Raises LinAlgError."""
     M, mean = M.to(torch.float64, copy=True), M.diagonal().mean(dtype=torch.float64).clamp_min(1e-30)
-    for more in (damping, 9 * damping, 90 * damping):
+    for more in (damping, 9 * damping, 90 * damping):                 # 1, 10, 100 times in all
         M.diagonal().add_(more * mean)
         L, failed = torch.linalg.cholesky_ex(M)
         if not failed:
