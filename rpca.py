@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 # load and save stand here for whoever imports this module
 from soco import (KINDS, LR, PACKERS, SOURCES, CannotCompress, Run, add_run_flags, as_the_first, average,
-                  bar, block_layers, budget_for, check_inputs, dense_like, free_memory, frozen, input_device,
+                  bar, block_layers, budget_for, check_inputs, dense_like, free_memory, frozen,
                   install, load, matrix, measured, sample_batches, save, swapped, train)
 
 
@@ -249,7 +249,8 @@ class LowRankPlusSparse(nn.Module):
 
     def __init__(self, n, m, rank, nonzeros, bias=True, **where):
         super().__init__()
-        self.shape, self.spec, self.S = (m, n), {"rank": rank, "nonzeros": nonzeros, "bias": bias}, None
+        self.shape, self.S = (m, n), None
+        self.spec = {"kind": "LowRankPlusSparse", "rank": rank, "nonzeros": nonzeros, "bias": bias}
         self.down = nn.Linear(n, rank, bias=False, **where) if rank else None
         self.up = nn.Linear(rank, m, bias=False, **where) if rank else None
         self.bias = nn.Parameter(torch.empty(m, **where)) if bias else None
@@ -551,7 +552,7 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
 
     def loss_of(masks, step):
         set_masks(masks)
-        ids = batches[step % len(batches)].to(input_device(model))
+        ids = batches[step % len(batches)].to(model.device)
         with frozen(model), torch.no_grad(), swapped(model, {draft.layer: draft for draft in drafts}):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))

@@ -232,7 +232,7 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, n, m, rank, bias=True, **where):
         super().__init__()
-        self.spec = {"rank": rank, "bias": bias}
+        self.spec = {"kind": "LowRankLinear", "rank": rank, "bias": bias}
         self.down = nn.Linear(n, rank, bias=False, **where)
         self.up = nn.Linear(rank, m, bias=bias, **where)
         self.register_buffer("weight", torch.zeros(1, **where))
@@ -362,10 +362,6 @@ def enable_checkpointing(model):
         raise CannotCompress(f"{type(model).__name__} has no gradient checkpointing: leave it out") from error
 
 
-def input_device(model):
-    return model.get_input_embeddings().weight.device
-
-
 # ---- several processes: each holds the whole model and reads its own rows of every batch ----------
 
 def process():
@@ -414,24 +410,21 @@ def observe(model, layers, batches, see, progress=False, desc="metric", drawing=
         x = inputs[0].detach()
         output.register_hook(lambda g: see(name, x.flatten(0, -2), g.detach().flatten(0, -2)))
 
-    hooks = [layer.register_forward_hook(functools.partial(watch, name)) for name, layer in layers.items()]
-    hooks.append(model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()))
-    drawn = torch.Generator().manual_seed(torch.initial_seed() + drawing)
-    tokens, precision = 0, torch.get_float32_matmul_precision()
-    if model.dtype in (torch.bfloat16, torch.float16):
-        torch.set_float32_matmul_precision("high")                    # TF32 holds numbers of these exactly
-    try:
-        with torch.enable_grad(), frozen(model):                      # gradients of outputs only
-            for ids in bar(batches, progress, desc=desc, unit="batch"):
-                logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.flatten(0, 1)
-                p = logits.detach().softmax(-1, dtype=torch.float32)
-                p[torch.arange(len(p), device=p.device), draw(p, *ids.shape, drawn)] -= 1
-                logits.backward(p.to(logits.dtype))                   # the gradient of -log p[label]
-                tokens += ids.numel()
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for hook in hooks:
-            hook.remove()
+    tokens, drawn = 0, torch.Generator().manual_seed(torch.initial_seed() + drawing)
+    with contextlib.ExitStack() as undo, torch.enable_grad(), frozen(model):  # gradients of outputs only
+        for name, layer in layers.items():
+            undo.enter_context(layer.register_forward_hook(functools.partial(watch, name)))
+        embeddings = model.get_input_embeddings()
+        undo.enter_context(embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_()))
+        undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if model.dtype in (torch.bfloat16, torch.float16):
+            torch.set_float32_matmul_precision("high")                # TF32 holds numbers of these exactly
+        for ids in bar(batches, progress, desc=desc, unit="batch"):
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits.flatten(0, 1)
+            p = logits.detach().softmax(-1, dtype=torch.float32)
+            p[torch.arange(len(p), device=p.device), draw(p, *ids.shape, drawn)] -= 1
+            logits.backward(p.to(logits.dtype))                       # the gradient of -log p[label]
+            tokens += ids.numel()
     return tokens
 
 
@@ -456,16 +449,16 @@ def collect_metric(model, layers, batches, progress=False, by_row=False):
     def see(name, x, g):
         if not len(x):                                                # of an expert that no token was sent to
             return
-        address = x.device, x.data_ptr(), x.shape                     # q, k and v read one tensor
-        if latest.get("address") != address:
-            latest.update(address=address, name=name, x=x)            # held: no other takes its memory
-            add_gram(G, name, x)
+        address, held, x, g = (x.device, x.data_ptr(), x.shape), x, x.float(), g.float()
+        if latest.get("address") != address:                          # q, k and v read one tensor
+            latest.update(address=address, name=name, x=held)         # held: no other takes its memory
+            G[name] = torch.addmm(G.get(name, x.new_zeros(1)), x.T, x)
         owner[name] = latest["name"]
         if by_row:
-            energy = F.linear(x.float().square(), matrix(layers[name]).float().square())
-            R[name] = R.get(name, 0) + (g.float().square() * energy).sum(0)
+            energy = F.linear(x.square(), matrix(layers[name]).float().square())
+            R[name] = R.get(name, 0) + (g.square() * energy).sum(0)
         else:
-            add_gram(R, name, g)
+            R[name] = torch.addmm(R.get(name, g.new_zeros(1)), g.T, g)
 
     tokens = observe(model, layers, batches, see, progress)
     lost = [name for name in layers if name not in R]
@@ -479,12 +472,6 @@ def collect_metric(model, layers, batches, progress=False, by_row=False):
     for name in layers if by_row else ():
         R[name] /= (matrix(layers[name]).float().square() @ G[owner[name]].diagonal()).clamp_min(1e-30)
     return {name: Metric(G[owner[name]], R[name]) for name in layers}
-
-
-def add_gram(sums, name, x):
-    """sums[name] += x^T x of x [tokens, n], in float32."""
-    x = x.float()
-    sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
 
 
 def measured(model, layers, batches, progress=False, room=None, by_row=False):
@@ -502,7 +489,7 @@ def measured(model, layers, batches, progress=False, room=None, by_row=False):
     blocks = [list(names) for _, names in by_block]
     while blocks:
         free = min(free_memory(layer.weight.device) for layer in layers.values())
-        free, = as_the_first([torch.tensor(free, device=input_device(model))])
+        free, = as_the_first([torch.tensor(free, device=model.device)])
         left, group = room or free.item() // 3, {}
         while blocks and (not group or need(blocks[0]) <= left):
             left -= need(blocks[0])
@@ -543,7 +530,7 @@ def set_prices(model, scored, batches, progress=False):
 
 # ---- compressing a model ------------------------------------------------------------------------
 
-BASES = ("plain", "whitened", "two-sided")
+BASES = {"plain": "plain SVD", "whitened": "whitened SVD", "two-sided": "KFAC-SVD"}     # and its truncation
 LEARNED = ("S", "a", "c", "d")       # of a ScoredLinear: scores, gains of outputs and inputs, deviation
 LR = 0.01        # times the ratio: the random part of Adam's steps costs about lr^2 sum(price)
 SWING = 0.02     # stage 2: how far the kept share goes over and under the target, as a part of it
@@ -607,14 +594,14 @@ def budget_for(layers, ratio, steps=0, learned=LEARNED):
     return math.floor((1 - ratio) * parameters + 1e-6) - (biases if steps != 0 and "d" in learned else 0)
 
 
-def scored_layers(model, layers, batches, basis="two-sided", progress=False, visit=lambda layer, metric: 0):
-    """{layer: ScoredLinear}, all kept, of score 1, for `layers` {name: layer}; `visit` sees each metric."""
+def scored_layers(model, layers, batches, basis="two-sided", progress=False, visit=lambda *_: None):
+    """{layer: ScoredLinear}, all kept, of score 1, of `layers`; visit(layer, metric, factors) sees each."""
     scored, each = {}, measured(model, layers, batches, progress)
     for name, layer, metric in bar(each, progress, total=len(layers), desc="decompose", unit="matrix"):
-        visit(layer, metric)
-        W = matrix(layer).float()
+        W, factors = matrix(layer).float(), decompose(layer, metric, basis)
+        visit(layer, metric, factors)
         output_rms = ((W @ metric.G) * W).sum(1).mean().sqrt().item()
-        scored[layer] = ScoredLinear(layer, *decompose(layer, metric, basis), offset_scale=output_rms)
+        scored[layer] = ScoredLinear(layer, *factors, offset_scale=output_rms)
     set_prices(model, scored, batches, progress)
     return scored
 
@@ -647,14 +634,12 @@ class Spectrum:
         self.m = torch.tensor([len(layer.U) for layer in layers], device=device)
         self.n = torch.tensor([layer.V.shape[1] for layer in layers], device=device)
         self.ranks = [len(layer.price) for layer in layers]
-        m, n = int(self.m.max()), int(self.n.max())
-        for name, size in zip(LEARNED, (max(self.ranks), m, n, m)):
-            tensor = torch.full((len(layers), size), float(name != "d"), device=device, requires_grad=True)
+        for name in ("price", "kept", *LEARNED):
+            rows = [getattr(layer, name).detach().to(device) for layer in layers]
+            padding = {"price": -1.0, "kept": 0.0, "d": 0.0}.get(name, 1.0)
+            tensor = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
             tensor.grad = torch.zeros_like(tensor)
             setattr(self, name, tensor)
-        self.price, self.kept = torch.full_like(self.S, -1), torch.zeros_like(self.S)
-        for row, (layer, rank) in enumerate(zip(layers, self.ranks)):
-            self.price[row, :rank], self.kept[row, :rank] = layer.price, layer.kept
         self.share()
 
     def share(self, names=LEARNED):
@@ -663,13 +648,13 @@ class Spectrum:
             layer.price, layer.kept = self.price[row, :rank], self.kept[row, :rank]
             for name in names:
                 tensor, size = getattr(self, name), rank if name == "S" else len(getattr(layer, name))
-                view = nn.Parameter(tensor.detach()[row, :size], getattr(layer, name).requires_grad)
+                view = nn.Parameter(tensor[row, :size], getattr(layer, name).requires_grad)
                 view.grad = tensor.grad[row, :size]
                 setattr(layer, name, view)
 
     def choice(self, budget):
         """`choose` by the predicted loss of dropping each component, price S^2 [N, r], as if gains were 1."""
-        worth = torch.where(self.price < 0, -1.0, self.price * self.S.detach().square())
+        worth = torch.where(self.price < 0, -1.0, self.price * self.S.square())
         return choose(worth, self.m, self.n, budget, self.group)
 
     def keep_best(self, budget):
@@ -686,7 +671,7 @@ class Spectrum:
         self.price.masked_fill_(~keep, -1)
         state = optimizer.state.get(self.S, {}).values()
         moments = [moment for moment in state if moment.shape == self.S.shape]
-        for tensor in (self.S.detach(), self.price, self.kept, *moments):
+        for tensor in (self.S, self.price, self.kept, *moments):
             tensor.copy_(tensor.gather(1, order))
         for row, (layer, rank) in enumerate(zip(self.layers, self.ranks)):
             left = order[row, :rank].to(layer.U.device)
@@ -764,9 +749,10 @@ def train(model, students, learned, groups, batches, steps, falling, before_step
         for step in (shown := bar(steps, progress, desc="learn", unit="step")):
             words = before_step(step, optimizer)
             optimizer.zero_grad(set_to_none=False)
-            loss = distil(model, students, batches[step % len(batches)].to(input_device(model)))
+            loss = distil(model, students, batches[step % len(batches)].to(model.device))
             average(loss, *(tensor.grad for tensor in tensors))
-            if not torch.stack([loss, *(tensor.grad.sum().to(loss) for tensor in tensors)]).isfinite().all():
+            size = nn.utils.get_total_norm([tensor.grad for tensor in tensors])
+            if not (loss + size.to(loss)).isfinite():
                 raise FloatingPointError(f"the loss is {loss.item()} or its gradient not finite at step "
                                          f"{step + 1} of {steps.stop}: lower the learning rate, --lr, or use "
                                          f"--dtype float32 or bfloat16")
@@ -795,11 +781,8 @@ PACKERS = {}                                     # and how its S is stored: {kin
 def install(model, method, layers, new):
     """Put new[layer] in place of each of `layers` {name: layer}; model.config says what each became."""
     swap(model, new)
-    specs = {}
-    for name, layer in layers.items():
-        kind = type(new[layer]).__name__
-        dense = {"kind": "dense", "bias": new[layer].bias is not None} if kind not in KINDS else None
-        specs[name] = dense or {"kind": kind, **new[layer].spec}
+    specs = {name: getattr(new[layer], "spec", None) or {"kind": "dense", "bias": new[layer].bias is not None}
+             for name, layer in layers.items()}
     model.config.compressed = {"method": method, "layers": specs}
     if not isinstance(model, SavesItself):
         model.__class__ = compressed_class(type(model))
@@ -897,15 +880,14 @@ class CompressedForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder, *args, config=None, output_loading_info=False, **options):
-        hub = {"revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies"}
-        stored, _ = PreTrainedConfig.get_config_dict(folder, **{k: options[k] for k in hub & options.keys()})
+        stored, _ = PreTrainedConfig.get_config_dict(folder, **options | {"trust_remote_code": None})  # warns
         index = Path(folder, "model.safetensors.index.json")
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
         own = all(Path(name).name == name and Path(name).suffix == ".safetensors" for name in shards)
         if not own or Path(folder, "adapter_config.json").exists() or stored.get("digest") != digest(stored):
             raise ValueError(f"{folder}: config.json or the index of its weights is not what was saved")
-        dense = AutoConfig.for_model(**{**stored, "model_type": stored["compressed"]["dense"]})
-        del dense.auto_map, dense.digest
+        known = {key: value for key, value in stored.items() if key not in ("auto_map", "digest")}
+        dense = AutoConfig.for_model(**known | {"model_type": stored["compressed"]["dense"]})
         options |= {"config": dense, "use_safetensors": True, "ignore_mismatched_sizes": True}
         model_class = compressed_class(AutoModelForCausalLM._model_mapping[type(dense)])
         model, info = model_class.from_pretrained(folder, *args, output_loading_info=True, **options)
@@ -1032,10 +1014,10 @@ def add_run_flags(parser, steps=STEPS):
                       "fresh one under out/)")
 
 
-def check_flags(args):
-    """Fill in defaults of a run, and refuse flags that cannot be met."""
-    from eval_ppl import UserError, default_text, pick_device
-    pick_device(args.device)
+def read_inputs(args):
+    """The model, its tokenizer, and the token ids of the text to learn from and of the text to score. Fills
+    in defaults in `args`, refuses flags that cannot be met; joins the processes, and seeds."""
+    from eval_ppl import UserError, default_text, load_scored, load_tokens, window
     args.calib, args.eval = args.calib or default_text(args.model), args.eval or default_text(args.model)
     calib, scored = Path(args.calib), Path(args.eval)
     if calib.is_file() and scored.is_file() and calib.samefile(scored) and not args.same_text:
@@ -1047,18 +1029,12 @@ def check_flags(args):
     if not re.fullmatch(r"[1-9]\d{0,4}", processes) or args.batch_size % int(processes):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared out among WORLD_SIZE={processes} "
                         f"processes: give a multiple")
-
-
-def read_inputs(args):
-    """The model, its tokenizer, and the token ids of the text to learn from and of the text to score. Fills
-    in, in `args`, what only the model tells; joins the processes, and seeds."""
-    from eval_ppl import load_scored, load_tokens, window
     model, tokenizer, evaluation = load_scored(args, "--eval-")
     window(model, "--seqlen", args.seqlen)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     calibration = load_tokens(model, tokenizer, args.calib, "train", args.seqlen)
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+    if processes != "1" and not dist.is_initialized():
         dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     return model, tokenizer, calibration, evaluation
@@ -1082,7 +1058,7 @@ def out_folders(args, method, stack):
     """{ratio: place}, reserved until the ExitStack closes: --out, or out/MODEL-METHOD-RATIO with the first
     number that is free. Of several processes, the first alone writes."""
     name, places = re.sub(r"[^\w.-]+", "-", Path(args.model).name)[:100], {}
-    for ratio in args.ratio if os.environ.get("RANK", "0") == "0" else ():
+    for ratio in {*args.ratio} if os.environ.get("RANK", "0") == "0" else ():
         if args.out is None:
             folder, tails = f"out/{name}-{method}-{ratio:g}", map("-{}".format, itertools.count(2))
             taken = os.path.lexists(folder)
@@ -1098,13 +1074,10 @@ class Run:
     `stack` closes. steps: of learning by default, times the ratio."""
 
     def __init__(self, method, args, steps, stack):
-        check_flags(args)
         args.steps = round(steps * args.ratio[-1]) if args.steps is None else args.steps
         self.method, self.args, self.places = method, args, out_folders(args, method, stack)
         self.model, self.tokenizer, self.calibration, self.evaluation = read_inputs(args)
         self.layers, self.seconds, self.rows = block_layers(self.model), {}, {}
-        self.shapes = {name: (*matrix(layer).shape, layer.bias is not None)
-                       for name, layer in self.layers.items()}
         self.dense_bytes = sum(p.nbytes for p in self.model.parameters())
         self.untouched = untouched(self.model, self.layers)
 
@@ -1124,7 +1097,7 @@ class Run:
         progress = functools.partial(bar, progress=True, desc="perplexity", unit="batch")
         with self.clock("eval"), swapped(self.model, new):
             (ppl, nll, _), self.eval = score(self.model, self.evaluation, args, progress)
-            kept, size = block_parameters(self.model, self.shapes, pruned)
+            kept, size = block_parameters(self.layers.values(), new, pruned)
         if not self.rows:
             self.dense_nll = nll
             say(f"settings: {listed(vars(args))}")
@@ -1140,21 +1113,19 @@ class Run:
         for ratio in self.args.ratio:
             with self.clock("choose and learn"):
                 steps, new = next(models)
-            install(self.model, self.method, self.layers, new)
-            self.score("compressed", f"{name}, {steps} steps", ratio)
+            self.score("compressed", f"{name}, {steps} steps", ratio, new)
             if ratio in self.places:                                  # in the first process
-                self.write(self.places[ratio], ratio)
-            swap(self.model, {new[layer]: layer for layer in new})    # the dense layers, for the next ratio
+                self.write(self.places[ratio], ratio, new)
             del new
 
-    def write(self, place, ratio):
+    def write(self, place, ratio, new):
         """Save the compressed model, tokenizer, metrics.json and card; print where, and what it keeps."""
         from eval_ppl import say
-        layers = [{"name": name, "shape": (m, n), **self.model.config.compressed["layers"][name],
-                   "kept": block_parameters(self.model, {name: (m, n, bias)})[0]}
-                  for name, (m, n, bias) in self.shapes.items()]
+        install(self.model, self.method, self.layers, new)
+        layers = [{"name": name, "shape": matrix(layer).shape, **self.model.config.compressed["layers"][name],
+                   "kept": block_parameters([layer], new)[0]} for name, layer in self.layers.items()]
         rows = {key: row for (key, at), row in self.rows.items() if at in (None, ratio)}
-        total = sum(m * n for m, n, _ in self.shapes.values())
+        total = sum(layer.weight.numel() for layer in self.layers.values())
         with published(place) as folder:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -1172,6 +1143,7 @@ class Run:
                 untouched=[dict(zip(("name", "shape", "reason"), weight)) for weight in self.untouched])
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
             (folder / "README.md").write_text(model_card(metrics, rows))
+        swap(self.model, {new[layer]: layer for layer in new})        # the dense layers, for the next ratio
         say("kept share of each matrix, block by block, in tenths (D: all of it)\n" + allocation(layers))
         if ratio == self.args.ratio[-1]:
             say("not touched: " + "; ".join(f"{name} {' x '.join(map(str, shape))} ({reason})"
@@ -1179,12 +1151,11 @@ class Run:
         say(f"kept {metrics['kept_params'] / total:.4f} of {total:,} block parameters; file "
             f"{metrics['file_bytes'] / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB; peak memory "
             f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB; seconds {self.seconds}")
-        model, text = shlex.quote(str(place[1])), shlex.quote(self.args.eval)
-        say(f"written to {place[1]}; score it again with: python eval_ppl.py --model {model} --eval {text} "
-            f"--seqlen {self.args.eval_seqlen} --stride {self.args.eval_stride}"
-            + (f" --bos {self.args.bos}" if self.args.bos is not None else "")
-            + (f" --blocks {self.args.eval_blocks}" if self.args.eval_blocks else "")
-            + (f" --dtype {self.args.dtype}" if self.args.dtype != "auto" else ""))
+        args, dtype = self.args, {} if self.args.dtype == "auto" else {"dtype": self.args.dtype}
+        flags = {"model": place[1], "eval": args.eval, "seqlen": args.eval_seqlen, "stride": args.eval_stride,
+                 "bos": args.bos, "blocks": args.eval_blocks} | dtype
+        words = [f"--{flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
+        say(f"written to {place[1]}; score it again with: python eval_ppl.py {' '.join(words)}")
 
 
 def allocation(layers):
@@ -1197,18 +1168,18 @@ def allocation(layers):
     return "\n".join(f"  {kind:34} {row}" for kind, row in rows.items())
 
 
-def block_parameters(model, shapes, pruned=False):
-    """(parameters, bytes on disk) of the block weights of `shapes` {name: (m, n, whether it had a bias)},
-    counted from the modules as they are now. A bias that was there before does not count; the zeros of a
-    sparse matrix (of a dense one if `pruned`) do not, but every entry has one bit of a mask."""
+def block_parameters(layers, new, pruned=False):
+    """(parameters, bytes on disk) of what stands for dense `layers`: new[layer], or the layer itself. A bias
+    that was there before does not count; the zeros of a sparse matrix (of a dense one if `pruned`) do not,
+    but every entry has one bit of a mask."""
     parameters = size = 0
-    for name, (m, n, bias) in shapes.items():
-        layer = model.get_submodule(name)
-        count, mask = sum(p.numel() for p in layer.parameters()) - m * bias, 0
-        sparse = layer.weight if pruned else getattr(layer, "S", None)
+    for layer in layers:
+        stored, bias = new.get(layer, layer), 0 if layer.bias is None else len(layer.bias)
+        count, mask = sum(p.numel() for p in stored.parameters()) - bias, 0
+        sparse = stored.weight if pruned else getattr(stored, "S", None)
         if sparse is not None:
-            count, mask = count - (sparse == 0).sum().item(), -(-m * n // 8)
-        parameters, size = parameters + count, size + count * layer.weight.element_size() + mask
+            count, mask = count - (sparse == 0).sum().item(), -(-layer.weight.numel() // 8)
+        parameters, size = parameters + count, size + count * stored.weight.element_size() + mask
     return parameters, size
 
 
@@ -1253,16 +1224,6 @@ With {script}.py at hand, `import {script}` first and leave the flag out: no cod
 """
 
 
-def score_unlearned(run, basis, scored, spectrum, ratio):
-    """Score what a decomposition gives without learning: the same share of every matrix, a global choice."""
-    if basis == "two-sided":                                          # of the others it is there already
-        new = {layer: truncated(layer, student.U, torch.ones_like(student.price), student.V, ratio)
-               for layer, student in scored.items()}
-        run.score("svd_kfac", "KFAC-SVD, same share", ratio, new)
-    spectrum.keep_best(budget_for(scored, ratio))
-    run.score("svd_global", f"{basis} SVD, global choice", ratio, finished(scored))
-
-
 def main():
     from eval_ppl import Parser, whole
     parser = Parser(__doc__)
@@ -1280,12 +1241,12 @@ def main():
         check(layers, batches, args.ratio[-1], args.steps, args.basis, STAGES, args.rank_multiple, args.learn)
         run.score("dense", "dense")
 
-        def truncate(layer, metric):                                  # while the metric is there
-            for basis, key in () if args.no_baselines else (("plain", "svd"), ("whitened", "svd_whitened")):
-                factors = decompose(layer, metric, basis)
+        def truncate(layer, metric, factors):                         # while the metric is there
+            for basis, key in () if args.no_baselines else zip(BASES, ("svd", "svd_whitened", "svd_kfac")):
+                some = factors if basis == args.basis else decompose(layer, metric, basis)
                 for ratio in args.ratio:
-                    row = key, f"{basis} SVD, same share", ratio
-                    baselines.setdefault(row, {})[layer] = truncated(layer, *factors, ratio)
+                    row = key, f"{BASES[basis]}, same share", ratio
+                    baselines.setdefault(row, {})[layer] = truncated(layer, *some, ratio)
 
         with run.clock("metric and decompositions"):
             scored = scored_layers(model, layers, batches[:args.metric_batches], args.basis, True, truncate)
@@ -1293,8 +1254,8 @@ def main():
         for row in list(baselines):
             run.score(*row, baselines.pop(row))
         for ratio in () if args.no_baselines else args.ratio:
-            score_unlearned(run, args.basis, scored, spectrum, ratio)
-
+            spectrum.keep_best(budget_for(scored, ratio))
+            run.score("svd_global", f"{args.basis} SVD, global choice", ratio, finished(scored))
         models = learn_down(model, scored, spectrum, batches, args.ratio, args.steps, args.lr, args.learn,
                             progress=True)
         run.write_each(models, "SoCo")

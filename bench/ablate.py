@@ -32,7 +32,6 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.steps = args, round(soco.STEPS * args.ratio[-1]) if args.steps is None else args.steps
-        soco.check_flags(args)
         self.model, _, calibration, self.evaluation = soco.read_inputs(args)
         self.batches = soco.sample_batches(calibration, args, max(self.steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]

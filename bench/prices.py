@@ -41,11 +41,10 @@ def main():
     soco.add_run_flags(parser)
     parser.add_argument("--matrices", type=whole(1), default=40, help="at most so many, evenly spread")
     args = parser.parse_args()
-    soco.check_flags(args)
     model, _, calibration, _ = soco.read_inputs(args)
     layers, scored, R = list(soco.block_layers(model).items()), {}, {}
     batches = soco.sample_batches(calibration, args, HELD_OUT + args.metric_batches)
-    held_out, batches = torch.cat(batches[:HELD_OUT]).to(soco.input_device(model)), batches[HELD_OUT:]
+    held_out, batches = torch.cat(batches[:HELD_OUT]).to(model.device), batches[HELD_OUT:]
 
     layers = dict(layers[::-(-len(layers) // args.matrices)])
     for _, layer, metric in soco.measured(model, layers, batches, progress=True):
