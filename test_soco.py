@@ -1,6 +1,7 @@
 """Tests of soco.py, rpca.py and eval_ppl.py: `pytest -q`, without a network, with or without a GPU.
 
-Every expected value is computed here a second way, by a slower or plainer formula; none is from a run.
+Every expected value is computed here a second way, by a slower or plainer formula (that of pasted code, by
+the code in its place); none is from a run.
 """
 import copy
 import functools
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import weakref
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1103,7 +1105,7 @@ def test_a_run_killed_in_its_save_leaves_nothing(number, code, place, name, comm
     assert ended == code and err.count("\n") <= 1 and "Traceback" not in err and tree(tmp_path) == []
 
 
-# each of RUNS is a process of its own, where the scripts are copied as they are needed
+# each of RUNS is a process of its own, two at a time, of scripts that were copied
 RUN = """
 import os, resource, runpy, sys, torch
 before, *sys.argv = sys.argv[1:]
@@ -1123,19 +1125,19 @@ RUNS = {    # {name: (what is done before, script, flags)}; flags behind a space
     "soco": (LIBRARY, "soco.py", f"--steps 10 {DEMO} soco"),
     "hub": ("", "soco.py", "--model gpt2 --basis plain --steps 2 --seqlen 32 --metric-batches 2 --out hub"),
     "cap": ("", "rpca.py", f"--rounds 2 --rank-share 0.1 {DEMO} cap"),
-    "soco again": ("", "eval_ppl.py", "--model soco --eval stdlib --seqlen 64 --blocks 20"),
-    "cap again": ("", "eval_ppl.py", "--model cap --eval stdlib --seqlen 64 --blocks 20"),
     "limit": ("resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", "rpca.py", " --out deep/limited"),
     "head": ("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "rpca.py", " --out h"),
     "ascii": ("sys.stdout.reconfigure(encoding='ascii')", "rpca.py", " --out é"),
     "taken": ("", "rpca.py", " --model no/model --out taken"),
+    "soco again": ("", "eval_ppl.py", "--model soco --eval stdlib --seqlen 64 --blocks 20"),
+    "cap again": ("", "eval_ppl.py", "--model cap --eval stdlib --seqlen 64 --blocks 20"),
 }
 
 
 @pytest.fixture(scope="session")
 def ran(house, tmp_path_factory):
     """The folder where RUNS ran, and for each (exit code, stdout, stderr)."""
-    home, revision, ended = tmp_path_factory.mktemp("ran"), "0123456789abcdef0123456789abcdef01234567", {}
+    home, revision = tmp_path_factory.mktemp("ran"), "0123456789abcdef0123456789abcdef01234567"
     for name in ("models--gpt2", "datasets--ggml-org--ci"):           # a cache as the hub's client writes it
         (home / "at" / name / "refs").mkdir(parents=True)
         (home / "at" / name / "refs" / "main").write_text(revision)
@@ -1144,14 +1146,17 @@ def ran(house, tmp_path_factory):
         for seed, (split, count) in enumerate({"train": 2000, "valid": 300, "test": 900}.items()):
             archive.writestr(f"wikitext-2-raw/wiki.{split}.raw", text(count, seed) + "\n")
     shutil.copytree(ROOT / "demo", home / "demo")
-    shutil.copy(ROOT / "eval_ppl.py", home)
-    with soco.reserved(home / "taken"):                               # by this process, which is not theirs
-        for name, (before, script, flags) in RUNS.items():
-            shutil.copy(ROOT / script, home)
-            words = [script, *run_flags(house) * (flags[0] == " "), *flags.split()]
-            done = python(RUN, before, *words, cwd=home, HF_HUB_CACHE=str(home / "at"))
-            ended[name] = done.returncode, done.stdout, done.stderr
-    return home, ended
+    for script in FLAGS:
+        shutil.copy(ROOT / script, home)
+
+    def ended(run):
+        before, script, flags = run
+        words = [script, *run_flags(house) * (flags[0] == " "), *flags.split()]
+        done = python(RUN, before, *words, cwd=home, OMP_NUM_THREADS="1", HF_HUB_CACHE=str(home / "at"))
+        return done.returncode, done.stdout, done.stderr
+
+    with soco.reserved(home / "taken"), ThreadPoolExecutor(2) as pool:    # taken here, and not by them
+        return home, dict(zip(RUNS, pool.map(ended, RUNS.values())))
 
 
 @pytest.mark.parametrize("name, folder, why", [
