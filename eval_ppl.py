@@ -75,15 +75,12 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda bat
                 windows[:, 0] = bos
             logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
             targets = windows[:, 1:].to(logits.device, copy=True)
-            for start, logit, target in zip(some, logits, targets):
-                before = seqlen - stride - 1 if start and stride < seqlen else 0  # scored by the last window
-                target[:before] = -100
-                tokens += len(target) - before
-                nats += F.cross_entropy(logit.float(), target, reduction="sum").double()
+            targets[0 if first else 1:, :max(seqlen - stride - 1, 0)] = -100    # scored by the window before
+            tokens += int((targets >= 0).sum())
+            nats += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()
     finally:
         for module, training in modes.items():
             module.training = training
-    nats = float(nats)
     if not math.isfinite(nats):
         raise FloatingPointError(f"perplexity is {nats}: the model's logits are not finite in {model.dtype}; "
                                  f"try --dtype float32")
@@ -424,9 +421,7 @@ def run(main, *bad_input):
     script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     if rank != "0":
         sys.stdout = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")         # for names that the terminal cannot print
+    sys.stdout.reconfigure(errors="backslashreplace")             # as stderr: for names it cannot print
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary folders are removed on the way out
 

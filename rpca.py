@@ -107,8 +107,8 @@ def singular_value_threshold(A, tau, nearby=None):
 
     From the eigenvectors Q of the smaller Gram matrix: with A [..., m, n], m <= n, L = Q diag(shrunk / sigma)
     Q^T A. In float32, singular values under 1e-3 of the largest are lost in rounding. nearby [..., m, k]: U
-    of a matrix near A; if it has few columns, A is first projected on their span, widened. A singular value
-    that has just risen above tau can thus be missed for a call or two.
+    of a matrix near A; if it has few columns, A is first projected on their span, widened by ten. Where many
+    singular values rise above tau at once, some can thus be missed for a few calls.
     """
     projected = nearby is not None and 4 * (nearby.shape[-1] + 10) < min(A.shape[-2:])
     if A.shape[-2] > A.shape[-1]:
@@ -153,16 +153,15 @@ def score_function(mask, p, edge=0.0):
     return (mask - p) / (p * (1 - p)).clamp_min(edge * (1 - edge))
 
 
-def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generator=None, progress=lambda s: s):
+def policy_gradient(loss_of, p, cost, budget, steps, lr=0.05, window=5, generator=None):
     """Learn probabilities from forward passes alone (REINFORCE, as the paper has it): p, and the losses.
 
-    loss_of(masks, step) -> loss of one draw. Each step draws masks ~ Bernoulli(p) and moves p by
-    -lr (loss - baseline) score_function, the baseline being the mean of the last `window` losses; then p is
-    projected. p, cost, budget: as for `project`. progress: wraps the iterable of steps, as tqdm does.
-    Raises FloatingPointError for a loss that is not finite.
+    loss_of(masks, step) -> loss of one draw. Each of `steps`, an iterable, draws masks ~ Bernoulli(p) and
+    moves p by -lr (loss - baseline) score_function, the baseline being the mean of the last `window` losses;
+    then p is projected. p, cost, budget: as for `project`. Raises FloatingPointError for a loss not finite.
     """
     losses = []
-    for step in progress(range(steps)):
+    for step in steps:
         masks = [torch.bernoulli(q, generator=generator) for q in p]
         loss = loss_of(masks, step)
         if not math.isfinite(loss):
@@ -295,29 +294,13 @@ def low_rank_plus_sparse(U, V, S, bias, like):
 
 # ---- compressing a model ------------------------------------------------------------------------
 
-ESTIMATORS = ("metric", "policy")
+ESTIMATORS = {"metric": 1, "policy": 0}       # and the least rounds of each
 RANK_SHARE = 0.02         # of the parameters that a matrix may keep, for L; more is worse on SmolLM2
 ROUNDS = 8                # of pruning and refitting; of the policy, over the batches, too
 STEPS = 160               # of learning the gains, times the ratio
 FALLING = 0.6             # the last part of these steps, over which the rate falls to zero
 RPCA_ITERATIONS = 10      # the paper finds perplexity settled after about as many
 RPCA_BATCH = 2 ** 26      # entries of the matrices of one shape that are split at once
-
-
-class Gain(torch.autograd.Function):
-    """gain * x of x [..., n] and gain [n], which may be of a wider dtype: its gradient, a sum over all
-    tokens, is added up in that, as it would overflow float16."""
-
-    @staticmethod
-    def forward(ctx, x, gain):
-        ctx.save_for_backward(x, gain)
-        return gain.to(x) * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x, gain = ctx.saved_tensors
-        return gain.to(g) * g, (g * x).flatten(0, -2).sum(0, dtype=gain.dtype).to(gain.device)
 
 
 class Draft(nn.Module):
@@ -382,11 +365,11 @@ class Draft(nn.Module):
         return ((E @ G) * E).sum()
 
     def forward(self, x):
-        """y = a * (L + S)(c * x) + b."""
-        x = Gain.apply(x, self.c)
+        """y = a * (L + S)(c * x) + b, where gains, and the sums that are their gradients, are in float32."""
+        x = (x * self.c).to(x.dtype)
         y = F.linear(x, self.S)
         y = y + F.linear(F.linear(x, self.V.to(x)), self.U.to(x)) if len(self.V) else y
-        y = Gain.apply(y, self.a)
+        y = (y * self.a).to(y.dtype)
         return y if self.layer.bias is None else y + self.layer.bias
 
     def finish(self):
@@ -396,22 +379,20 @@ class Draft(nn.Module):
 
 
 def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_share=RANK_SHARE,
-             rounds=ROUNDS, scale=True, refitted=True, keep=None, lr=LR, seed=0, progress=False):
+             rounds=ROUNDS, scale=True, refitted=True, lr=LR, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
     batches: token ids [batch, length], an iterable, repeated when `steps` need more. steps: of learning the
     gains, by default STEPS * ratio; lr: their rate, times the ratio. estimator: of the masks, "metric" or
     "policy" (the paper's). rank_share: of the parameters that each matrix may keep, for its L ("metric").
     rounds: of pruning and refitting, or of the policy over the batches (the paper: 3). scale: whether the
-    metric, which is measured on all batches, decides. refitted: whether kept values are refitted.
-    keep(drafts, count): what prunes to so many entries ("metric"), default keep_worthiest. seed: of the
-    policy. Raises CannotCompress before any work for settings that cannot be met, FloatingPointError for
-    sums, a loss or a gradient not finite.
+    metric, which is measured on all batches, decides. refitted: whether kept values are refitted. Raises
+    CannotCompress before any work for settings that cannot be met, FloatingPointError for sums, a loss or a
+    gradient not finite.
     """
     layers, batches = block_layers(model), list(batches)
     check_inputs(batches, ratio)
-    least = {"metric": 1, "policy": 0}.get(estimator, math.inf)
-    if (steps or 0) < 0 or rounds < least or not 0 <= rank_share < 1:
+    if (steps or 0) < 0 or rounds < ESTIMATORS.get(estimator, math.inf) or not 0 <= rank_share < 1:
         raise CannotCompress(f"steps {steps}, estimator {estimator!r}, rank_share {rank_share} or rounds "
                              f"{rounds} cannot be: give steps >= 0, {' or '.join(ESTIMATORS)}, a share from "
                              f"0 to below 1, at least one round (policy: 0)")
@@ -419,8 +400,8 @@ def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_
     if estimator == "metric":
         set_ranks(drafts, ratio, rank_share, progress)
     steps = round(STEPS * ratio) if steps is None else steps
-    _, new = next(prune_down(model, drafts, batches, [ratio], steps, estimator, rounds, refitted, keep, lr,
-                              seed, progress))
+    down = prune_down(model, drafts, batches, [ratio], steps, estimator, rounds, refitted, lr, progress)
+    _, new = next(down)
     return install(model, "cap", layers, new)
 
 
@@ -459,15 +440,15 @@ def set_ranks(drafts, ratio, rank_share, progress):
 
 
 def prune_down(model, drafts, batches, ratios, steps, estimator="metric", rounds=ROUNDS, refitted=True,
-               keep=None, lr=LR, seed=0, progress=False):
+               lr=LR, progress=False):
     """Go down through rising `ratios` in one run, `steps` to the last and its share of them to each before:
     stage 2, then the gains; at each, yield (steps so far, {dense layer: layer to store})."""
     done = 0
     for ratio in ratios:
         if estimator == "policy":
-            choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress)
+            choose_by_policy(model, drafts, batches, ratio, rounds, refitted, progress)
         else:
-            choose_by_metric(drafts, ratio, rounds, keep or keep_worthiest, refitted, progress)
+            choose_by_metric(drafts, ratio, rounds, refitted, progress)
         until = round(steps * ratio / ratios[-1])
         learn_gains(model, drafts, batches, ratio, done, until, lr, progress)
         yield until, {draft.layer: draft.finish() for draft in drafts}
@@ -505,15 +486,13 @@ def keep_worthiest(drafts, count):
 
 def refit_all(drafts):
     """`refit` of every S on its entries; a G in main memory moves once for all that share it."""
-    latest = None, None
+    moved = functools.lru_cache(1)(lambda G, device: G.to(device))
     for draft in drafts:
-        if draft.G is not latest[0]:
-            latest = draft.G, draft.G.to(draft.rows.device)
-        S = draft.S.float()
-        draft.S, = as_the_first([refit(draft.target(), S, S != 0, latest[1]).to(draft.S).contiguous()])
+        S, G = draft.S.float(), moved(draft.G, draft.rows.device)
+        draft.S, = as_the_first([refit(draft.target(), S, S != 0, G).to(draft.S).contiguous()])
 
 
-def choose_by_metric(drafts, ratio, rounds, keep, refitted, progress):
+def choose_by_metric(drafts, ratio, rounds, refitted, progress):
     """Stage 2 by the metric: drop the entries of least predicted loss in the whole model, refit, and again.
 
     The expected loss of independent Bernoulli masks grows by worth (1 - p) for every entry, so its gradient
@@ -526,12 +505,12 @@ def choose_by_metric(drafts, ratio, rounds, keep, refitted, progress):
     budget = budget_for([draft.layer for draft in drafts], ratio)
     entries = budget - sum(draft.U.shape[1] * (draft.m + draft.n) for draft in drafts)
     for done in bar(range(1, rounds + 1), progress, desc="choose and refit", unit="round"):
-        keep(drafts, entries + int((start - entries) * (1 - done / rounds) ** 2))
+        keep_worthiest(drafts, entries + int((start - entries) * (1 - done / rounds) ** 2))
         if refitted:
             refit_all(drafts)
 
 
-def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, progress):
+def choose_by_policy(model, drafts, batches, ratio, rounds, refitted, progress):
     """Stage 2 as the paper has it: fixed L and S of robust PCA, probabilities learned by policy gradient,
     from a start at worth / (worth + cost * mean worth), projected on the budget."""
     budget = budget_for([draft.layer for draft in drafts], ratio)
@@ -561,10 +540,9 @@ def choose_by_policy(model, drafts, batches, ratio, rounds, seed, refitted, prog
 
     mean = sum(worth.sum() for worth in worths) / sum(worth.numel() for worth in worths)
     p = project([worth / (worth + c * mean) for worth, c in zip(worths, cost)], cost, budget)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    shown = functools.partial(bar, progress=progress, desc="policy", unit="draw")
-    p, _ = policy_gradient(loss_of, p, cost, budget, rounds * len(batches), generator=generator,
-                           progress=shown)
+    generator = torch.Generator(device=device).manual_seed(torch.initial_seed())
+    draws = bar(range(rounds * len(batches)), progress, desc="policy", unit="draw")
+    p, _ = policy_gradient(loss_of, p, cost, budget, draws, generator=generator)
     set_masks(keep_most_probable([q * (worth > 0) for q, worth in zip(p, worths)], cost, budget))
     if refitted:
         refit_all(drafts)
@@ -610,7 +588,7 @@ def pruned(drafts, prune, ratio):
 
 
 def main():
-    from eval_ppl import Parser, UserError, between, whole
+    from eval_ppl import Parser, between, whole
     parser = Parser(__doc__)
     add_run_flags(parser, STEPS)
     add = parser.add_argument
@@ -621,8 +599,6 @@ def main():
     add("--no-scale", action="store_true", help="split and choose in the units of W, without the metric")
     add("--no-refit", action="store_true", help="do not refit what is kept (gains: --steps 0)")
     args = parser.parse_args()
-    if args.estimator == "policy" and len(args.ratio) > 1:
-        raise UserError(f"--ratio {args.ratio}: the policy learns for one; give one, or --estimator metric")
     with contextlib.ExitStack() as stack:
         run = Run("cap", args, STEPS, stack)
         batches = sample_batches(run.calibration, args, args.metric_batches)
@@ -636,7 +612,7 @@ def main():
             with run.clock("stage 1"):
                 set_ranks(drafts, args.ratio[-1], args.rank_share, progress=True)
         models = prune_down(run.model, drafts, batches, args.ratio, args.steps, args.estimator, args.rounds,
-                            not args.no_refit, lr=args.lr, seed=args.seed, progress=True)
+                            not args.no_refit, lr=args.lr, progress=True)
         run.write_each(models, f"CAP, {args.estimator}")
 
 

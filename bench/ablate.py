@@ -25,6 +25,7 @@ import rpca
 import soco
 from bench.baselines import oats, sparsegpt
 from eval_ppl import Parser, UserError, run, say, score
+from rpca import keep_worthiest
 
 
 class Bench:
@@ -64,9 +65,9 @@ class Bench:
         with mock.patch.multiple(soco, **{"finished": soco.finished} | replace):
             return soco.compress(self.model, self.batches, ratio, progress=True, **defaults | settings)
 
-    def cap(self, ratio, **settings):
-        settings = {"seed": self.args.seed, "progress": True} | settings
-        return rpca.compress(self.model, self.measured_on, ratio, **settings)
+    def cap(self, ratio, keep=keep_worthiest, **settings):
+        with mock.patch.object(rpca, "keep_worthiest", keep):
+            return rpca.compress(self.model, self.measured_on, ratio, progress=True, **settings)
 
     def run_of_soco(self):
         """Yield (ratio, (steps, {layer: new one})) of one run down through the ratios."""
@@ -108,13 +109,13 @@ def finished_at_1(scored):
 
 def same_share_of_matrices(drafts, count):
     for draft in drafts:
-        rpca.keep_worthiest([draft], count * draft.S.numel() // sum(other.S.numel() for other in drafts))
+        keep_worthiest([draft], count * draft.S.numel() // sum(other.S.numel() for other in drafts))
 
 
 def one_threshold(drafts, count):
     for draft in drafts:
         draft.level = torch.ones_like(draft.level)
-    rpca.keep_worthiest(drafts, count)
+    keep_worthiest(drafts, count)
 
 
 def same_share_of_rows(drafts, count):

@@ -42,21 +42,21 @@ def main():
     parser.add_argument("--matrices", type=whole(1), default=40, help="at most so many, evenly spread")
     args = parser.parse_args()
     model, _, calibration, _ = soco.read_inputs(args)
-    layers, scored, R = list(soco.block_layers(model).items()), {}, {}
+    layers, kfac = list(soco.block_layers(model).items()), {}
     batches = soco.sample_batches(calibration, args, HELD_OUT + args.metric_batches)
     held_out, batches = torch.cat(batches[:HELD_OUT]).to(model.device), batches[HELD_OUT:]
 
     layers = dict(layers[::-(-len(layers) // args.matrices)])
-    for _, layer, metric in soco.measured(model, layers, batches, progress=True):
-        scored[layer] = soco.ScoredLinear(layer, *soco.decompose(layer, metric, "two-sided"))
-        R[layer] = metric.R.diagonal().clone()
+
+    def see(layer, metric, factors):
+        kfac[layer] = factors[1].square(), metric.R.diagonal().clone()
+
+    scored = soco.scored_layers(model, layers, batches, progress=True, visit=see)
     drafts = rpca.drafted(model, layers, batches, progress=True)
-    sigma_squared = {layer: student.price.clone() for layer, student in scored.items()}
-    soco.set_prices(model, scored, batches, progress=True)
     dense, found = model(held_out, use_cache=False).logits, {"components": [], "entries": []}
     for draft in drafts:
         layer = draft.layer
-        for kind, new, predicted in changes(draft, scored[layer], sigma_squared[layer], R[layer]):
+        for kind, new, predicted in changes(draft, scored[layer], *kfac[layer]):
             with soco.swapped(model, {layer: new}):
                 loss = soco.KLDivergence.apply(dense, model(held_out, use_cache=False).logits)
             found[kind].append([*map(float, predicted), float(loss)])
