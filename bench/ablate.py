@@ -37,12 +37,11 @@ class Bench:
         self.batches = soco.sample_batches(calibration, args, max(self.steps, args.metric_batches))
         self.measured_on = self.batches[:args.metric_batches]
         self.inputs = self.model, soco.block_layers(self.model), self.measured_on
-        self.metrics = cache(partial(list, soco.measured(*self.inputs, progress=True)))
-        self.drafts = cache(partial(rpca.drafted, *self.inputs, progress=True))
-        score_all = soco.scored_layers
+        measure, score_all = soco.measured, soco.scored_layers
+        self.metrics = cache(lambda by_row: list(measure(*self.inputs, progress=True, by_row=by_row)))
         self.scored = lru_cache(2)(lambda basis, set_prices: score_all(*self.inputs, basis, progress=True))
         self.runs = {"SoCo": self.run_of_soco(), "CAP": self.run_of_cap()}
-        soco.measured, rpca.drafted = lambda *_: self.metrics(), self.fresh_drafts
+        soco.measured = rpca.measured = lambda *_, by_row=False: self.metrics(by_row)
         soco.scored_layers = self.fresh_scored
         soco.decompose = lru_cache(2 * len(self.inputs[1]))(soco.decompose)    # remembers two bases
         soco.install = rpca.install = lambda model, method, layers, new: new
@@ -51,13 +50,6 @@ class Bench:
         scored = self.scored(basis, soco.set_prices)                  # which a variant may have replaced
         return {layer: copy.deepcopy(student, {id(part): part for part in (layer, student.U, student.V)})
                 for layer, student in scored.items()}
-
-    def fresh_drafts(self, model, layers, batches, scale=True, progress=True):
-        drafts = [copy.deepcopy(draft, {id(part): part for part in (draft.layer, draft.G)})
-                  for draft in self.drafts()]
-        for draft in drafts if not scale else ():
-            draft.rows, draft.columns = torch.ones_like(draft.rows), torch.ones_like(draft.columns)
-        return drafts
 
     def soco(self, ratio, replace={}, **settings):
         """replace: {name: another function} of soco.py."""
@@ -78,7 +70,7 @@ class Bench:
         yield from zip(self.args.ratio, run)
 
     def run_of_cap(self):
-        drafts = self.fresh_drafts(*self.inputs)
+        drafts = rpca.drafted(*self.inputs)
         rpca.set_ranks(drafts, self.args.ratio[-1], rpca.RANK_SHARE, progress=True)
         steps = round(rpca.STEPS * self.args.ratio[-1])
         run = rpca.prune_down(self.model, drafts, self.measured_on, self.args.ratio, steps, progress=True)
@@ -88,12 +80,12 @@ class Bench:
         return next(new for at, (_, new) in self.runs[method] if at == ratio)
 
     def pruned(self, ratio, prune):
-        return rpca.pruned(self.drafts(), prune, ratio)
+        return rpca.pruned(rpca.drafted(*self.inputs), prune, ratio)
 
     def svd(self, ratio, basis):
         """The first components of every matrix, as many as `ratio` leaves of it."""
         return {layer: soco.truncated(layer, *soco.decompose(layer, metric, basis), ratio)
-                for _, layer, metric in self.metrics()}
+                for _, layer, metric in self.metrics(False)}
 
     def perplexity(self, new):
         with soco.swapped(self.model, new):
