@@ -2,7 +2,7 @@
 
     python eval_ppl.py                                   # the bundled model, offline, on a laptop
     python eval_ppl.py --model gpt2 --seqlen 1024        # GPT-2 on WikiText-2, on a GPU if there is one
-    python eval_ppl.py --model out/FOLDER                # what soco.py or rpca.py wrote
+    python eval_ppl.py --model out/FOLDER --eval stdlib  # what soco.py or rpca.py wrote, on any text
 
 Protocol. The text is tokenised in one piece and cut into non-overlapping blocks of `seqlen` tokens; the tail
 is dropped; each block is scored alone, its first token not scored; one sum of nats over one count of tokens.
@@ -408,6 +408,11 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(told)
 
 
+def torchrun_rank():
+    """The rank of this process among those that torchrun started, as text; "0" for one alone."""
+    return os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+
+
 def run(main, *bad_input):
     """Call a script's main(). Bad input (UserError, `bad_input`) ends it with one line and exit code 2; a
     defect keeps its traceback. Of several processes that torchrun started, the first alone prints, but for
@@ -418,7 +423,7 @@ def run(main, *bad_input):
     huggingface_hub.utils.logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    script, rank = Path(sys.argv[0]).name, torchrun_rank()
     if rank != "0":
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")             # as stderr: for names it cannot print

@@ -4,7 +4,7 @@
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
 The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D (below) so that the
-square of an entry is the loss it is predicted to cost, is split by principal component pursuit,
+square of an entry is twice the loss it is predicted to cost, is split by principal component pursuit,
 
     min |L|_* + lam |S|_1   with  L + S = W:     L = U diag(sigma) V low-rank,  S sparse.
 
@@ -40,9 +40,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # load and save stand here for whoever imports this module
-from soco import (KINDS, LR, PACKERS, SOURCES, CannotCompress, Run, add_run_flags, as_the_first, average,
-                  bar, block_layers, budget_for, check_inputs, dense_like, free_memory, frozen,
-                  install, load, matrix, measured, sample_batches, save, swapped, train)
+from soco import (KINDS, LR, METRIC_BATCHES, PACKERS, SOURCES, CannotCompress, Run, add_run_flags,
+                  as_the_first, average, bar, block_layers, budget_for, check_inputs, dense_like, free_memory,
+                  frozen, install, load, matrix, measured, sample_batches, save, swapped, train)
 
 
 # ---- stage 1: principal component pursuit --------------------------------------------------------
@@ -379,23 +379,23 @@ class Draft(nn.Module):
 
 
 def compress(model, batches, ratio=0.5, steps=None, *, estimator="metric", rank_share=RANK_SHARE,
-             rounds=ROUNDS, scale=True, refitted=True, lr=LR, progress=False):
+             rounds=ROUNDS, scale=True, refitted=True, lr=LR, metric_batches=METRIC_BATCHES, progress=False):
     """Compress a causal language model in place: `ratio` of its block weights' parameters go. Returns it.
 
-    batches: token ids [batch, length], an iterable, repeated when `steps` need more. steps: of learning the
-    gains, by default STEPS * ratio; lr: their rate, times the ratio. estimator: of the masks, "metric" or
-    "policy" (the paper's). rank_share: of the parameters that each matrix may keep, for its L ("metric").
-    rounds: of pruning and refitting, or of the policy over the batches (the paper: 3). scale: whether the
-    metric, which is measured on all batches, decides. refitted: whether kept values are refitted. Raises
-    CannotCompress before any work for settings that cannot be met, FloatingPointError for sums, a loss or a
-    gradient not finite.
+    batches: token ids [batch, length], an iterable, of which the first `metric_batches` are used, and
+    repeated when `steps` need more. steps: of learning the gains, by default STEPS * ratio; lr: their rate,
+    times the ratio. estimator: of the masks, "metric" or "policy" (the paper's). rank_share: of the
+    parameters that each matrix may keep, for its L ("metric"). rounds: of pruning and refitting, or of the
+    policy over the batches (the paper: 3). scale: whether the metric decides. refitted: whether kept values
+    are refitted. Raises CannotCompress before any work for settings that cannot be met, FloatingPointError
+    for sums, a loss or a gradient not finite.
     """
-    layers, batches = block_layers(model), list(batches)
-    check_inputs(batches, ratio)
-    if (steps or 0) < 0 or rounds < ESTIMATORS.get(estimator, math.inf) or not 0 <= rank_share < 1:
-        raise CannotCompress(f"steps {steps}, estimator {estimator!r}, rank_share {rank_share} or rounds "
-                             f"{rounds} cannot be: give steps >= 0, {' or '.join(ESTIMATORS)}, a share from "
-                             f"0 to below 1, at least one round (policy: 0)")
+    layers, batches = block_layers(model), list(batches)[:metric_batches]
+    check_inputs(batches, ratio, steps, lr)
+    if rounds < ESTIMATORS.get(estimator, math.inf) or not 0 <= rank_share < 1:
+        raise CannotCompress(f"estimator {estimator!r}, rank_share {rank_share} or rounds {rounds} cannot "
+                             f"be: give {' or '.join(ESTIMATORS)}, a share from 0 to below 1, at least one "
+                             f"round (policy: 0)")
     drafts = drafted(model, layers, batches, scale, progress)
     if estimator == "metric":
         set_ranks(drafts, ratio, rank_share, progress)
@@ -596,7 +596,7 @@ def main():
     add("--rank-share", type=between(0, 1, or_low=True), default=RANK_SHARE,
         help="of the parameters that each matrix may keep, for its low-rank part (metric only)")
     add("--rounds", type=whole(1, 10 ** 4), default=ROUNDS, help="of pruning and refitting, or of the policy")
-    add("--no-scale", action="store_true", help="split and choose in the units of W, without the metric")
+    add("--no-scale", action="store_true", help="split and choose by W alone; the metric is for refits only")
     add("--no-refit", action="store_true", help="do not refit what is kept (gains: --steps 0)")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:

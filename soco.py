@@ -10,12 +10,12 @@ offset d of the outputs, where U diag(sigma) V is its singular value decompositi
 paper's, cost nothing, as they fold into the factors, and help where S and d have done what they can. What is
 kept is chosen again and again by what the *learned* scores say a component is worth,
 
-    F_i S_i^2 / (m + n),   F_i = E[(dL/dS_i)^2]:   predicted loss per parameter, in one currency
+    F_i S_i^2 / (m + n),  F_i = E[(dL/dS_i)^2]:  twice the predicted loss per parameter, in one currency
 
-(L is the loss, the mean E over tokens), in three stages of one run:  1 *descend*: the kept share falls from 1
-to the target;  2 *swing*: it swings around the target, and components dropped too early come back;  3
-*polarise*: the choice is final, what is dropped stays out, and the survivors' scores grow to make up for it.
-Then each layer is stored as two thin products, or dense where that costs less.
+(L is the loss, the mean E over tokens; the 2 is left out from here on), in three stages of one run:  1
+*descend*: the kept share falls from 1 to the target;  2 *swing*: it swings around the target, and components
+dropped too early come back;  3 *polarise*: the choice is final, what is dropped stays out, and the survivors'
+scores grow to make up for it. Then each layer is stored as two thin products, or dense where that costs less.
 """
 import signal
 import sys
@@ -51,15 +51,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
     """Singular value decomposition in a metric: W = U diag(sigma) V, U [m, r], sigma [r], falling, V [r, n].
 
-    G [n, n] = E[x x^T] = L L^T of the layer's inputs, R [m, m] = E[g g^T] = C C^T of the loss's gradients at
-    its outputs; None is the identity. Replacing W by W' adds |C^T (W - W') L|_F^2 to the loss, to second
-    order and up to a factor (K-FAC, Martens & Grosse 2015, arXiv 1503.05671): this is the SVD of C^T W L,
+    G [n, n] = E[x x^T] = B B^T of the layer's inputs, R [m, m] = E[g g^T] = C C^T of the loss's gradients at
+    its outputs; None is the identity. Replacing W by W' adds |C^T (W - W') B|_F^2 to the loss, to second
+    order and up to a factor (K-FAC, Martens & Grosse 2015, arXiv 1503.05671): this is the SVD of C^T W B,
     taken back to W. In float64, by an eigendecomposition of its smaller Gram matrix. Each damping is a part
     of the mean of a diagonal.
     """
-    L = None if G is None else cholesky(G, damping)
+    B = None if G is None else cholesky(G, damping)
     C = None if R is None else cholesky(R, output_damping)
-    A = W.double() if L is None else W.double() @ L
+    A = W.double() if B is None else W.double() @ B
     A = A if C is None else C.T @ A
     if wide := A.shape[0] <= A.shape[1]:
         A = A.T
@@ -69,7 +69,7 @@ def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
     AQ = AQ / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
     U, V = (Q, AQ.T) if wide else (AQ, Q.T)
     U = U if C is None else torch.linalg.solve_triangular(C.T, U, upper=True)
-    V = V if L is None else torch.linalg.solve_triangular(L, V, upper=False, left=False)
+    V = V if B is None else torch.linalg.solve_triangular(B, V, upper=False, left=False)
     return U, sigma, V
 
 
@@ -79,9 +79,9 @@ def cholesky(M, damping):
     M, mean = M.to(torch.float64, copy=True), M.diagonal().mean(dtype=torch.float64).clamp_min(1e-30)
     for more in (damping, 9 * damping, 90 * damping):                 # 1, 10, 100 times in all
         M.diagonal().add_(more * mean)
-        L, failed = torch.linalg.cholesky_ex(M)
+        factor, failed = torch.linalg.cholesky_ex(M)
         if not failed:
-            return L
+            return factor
     raise torch.linalg.LinAlgError("the matrix has negative eigenvalues, or a NaN")
 
 
@@ -258,8 +258,8 @@ class CannotCompress(ValueError):
 def block_layers(model):
     """{name: layer} of every nn.Linear and Conv1D inside the model's repeated blocks (its ModuleLists).
 
-    Raises CannotCompress for a model without any, for one that is quantized, compressed, not in memory or
-    unknown to AutoModelForCausalLM, and for one with experts in 3-D parameters.
+    Raises CannotCompress for a model without any, for one that is quantized, compressed, not in memory,
+    unknown to AutoModelForCausalLM or without a head, and for one with experts in 3-D parameters.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None:
@@ -269,6 +269,8 @@ def block_layers(model):
     if type(config) not in AutoModelForCausalLM._model_mapping:       # a model that brings its own code
         raise CannotCompress(f"AutoModelForCausalLM does not know {type(config).__name__}, so what is saved "
                              f"would not load: give a model of transformers, or register it")
+    if model.get_output_embeddings() is None:
+        raise CannotCompress(f"{kind} predicts no tokens: give a causal language model, with its head")
     layers, inside = {}, block_prefixes(model)
     for name, module in model.named_modules():
         stacks = [key for key, p in module.named_parameters(recurse=False) if p.ndim == 3]
@@ -552,7 +554,8 @@ def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR,
     gradient not finite.
     """
     batches, layers = list(batches), block_layers(model)
-    check(layers, batches, ratio, steps, basis, stages, group, learned)
+    check_inputs(batches[:metric_batches], ratio, steps, lr)
+    check(layers, ratio, steps, basis, stages, group, learned)
     steps = round(STEPS * ratio) if steps is None else steps
     scored = scored_layers(model, layers, batches[:metric_batches], basis, progress)
     spectrum, budget = Spectrum(list(scored.values()), group), budget_for(scored, ratio, steps, learned)
@@ -560,23 +563,25 @@ def compress(model, batches, ratio=0.5, steps=None, *, basis="two-sided", lr=LR,
     return install(model, "soco", layers, finished(scored))
 
 
-def check_inputs(batches, ratio):
+def check_inputs(batches, ratio, steps, lr):
     """Refuse what no method can learn from, or meet."""
     if torch.is_inference_mode_enabled():
         raise CannotCompress("there are no gradients under torch.inference_mode(): leave it, or use no_grad")
     if not batches:
         raise CannotCompress("there are no batches: give token ids [batch, length] to learn from")
-    if not 0 < ratio < 1:
-        raise CannotCompress(f"ratio {ratio} is not between 0 and 1")
+    if not all(torch.is_tensor(ids) and ids.ndim == 2 for ids in batches):
+        raise CannotCompress("a batch is no tensor [batch, length]: give an iterable of batches of token ids")
+    if not 0 < ratio < 1 or (steps or 0) < 0 or lr <= 0:
+        raise CannotCompress(f"ratio {ratio}, steps {steps} or lr {lr} cannot be: give a ratio between 0 and "
+                             f"1, steps >= 0, lr > 0")
 
 
-def check(layers, batches, ratio, steps, basis, stages, group, learned):
-    """Refuse what `compress` cannot do."""
-    check_inputs(batches, ratio)
+def check(layers, ratio, steps, basis, stages, group, learned):
+    """Refuse what SoCo cannot do."""
     parts = len(stages) == 3 and min(stages) >= 0 and math.isclose(sum(stages), 1)
-    if (steps or 0) < 0 or group < 1 or basis not in BASES or not parts:
-        raise CannotCompress(f"steps {steps}, group {group}, basis {basis!r} or stages {stages} cannot be: "
-                             f"give steps >= 0, group >= 1, one of {', '.join(BASES)}, three parts of sum 1")
+    if group < 1 or basis not in BASES or not parts:
+        raise CannotCompress(f"group {group}, basis {basis!r} or stages {stages} cannot be: give group >= 1, "
+                             f"one of {', '.join(BASES)}, three parts of sum 1")
     if not learned or not set(learned) <= set(LEARNED):
         raise CannotCompress(f"learned {learned!r} cannot be: give one or more of {', '.join(LEARNED)}")
     least = sum(min(group * sum(layer.weight.shape), layer.weight.numel()) for layer in layers.values())
@@ -774,8 +779,15 @@ def distil(model, students, ids):
 
 # ---- the saved folder: an ordinary transformers folder, and the module that puts its layers in place ----
 
-KINDS = {"LowRankLinear": LowRankLinear}         # of layers; rpca.py adds its own,
-PACKERS = {}                                     # and how its S is stored: {kind: S -> {name: tensor}}
+class Kinds(dict):
+    """{name: class} of layers; rpca.py adds its own."""
+
+    def __missing__(self, kind):
+        raise ValueError(f"layers of kind {kind!r} are not known here: import rpca first")
+
+
+KINDS = Kinds(LowRankLinear=LowRankLinear)
+PACKERS = {}                                     # how rpca.py's S is stored: {kind: S -> {name: tensor}}
 
 
 def install(model, method, layers, new):
@@ -1026,9 +1038,10 @@ def read_inputs(args):
     if args.ratio != sorted(set(args.ratio)):
         raise UserError(f"--ratio {args.ratio}: several ratios must rise")
     processes = os.environ.get("WORLD_SIZE", "1")
-    if not re.fullmatch(r"[1-9]\d{0,4}", processes) or args.batch_size % int(processes):
+    told = processes == "1" or {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
+    if not re.fullmatch(r"[1-9]\d{0,4}", processes) or args.batch_size % int(processes) or not told:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared out among WORLD_SIZE={processes} "
-                        f"processes: give a multiple")
+                        f"processes: give a multiple, and start them by torchrun")
     model, tokenizer, evaluation = load_scored(args, "--eval-")
     window(model, "--seqlen", args.seqlen)
     if args.gradient_checkpointing:
@@ -1057,8 +1070,9 @@ def sample_batches(ids, args, count):
 def out_folders(args, method, stack):
     """{ratio: place}, reserved until the ExitStack closes: --out, or out/MODEL-METHOD-RATIO with the first
     number that is free. Of several processes, the first alone writes."""
-    name, places = re.sub(r"[^\w.-]+", "-", Path(args.model).name)[:100], {}
-    for ratio in {*args.ratio} if os.environ.get("RANK", "0") == "0" else ():
+    from eval_ppl import torchrun_rank
+    name, places = re.sub(r"[^\w.-]+", "-", Path(args.model).resolve().name)[:100], {}
+    for ratio in {*args.ratio} if torchrun_rank() == "0" else ():
         if args.out is None:
             folder, tails = f"out/{name}-{method}-{ratio:g}", map("-{}".format, itertools.count(2))
             taken = os.path.lexists(folder)
@@ -1115,10 +1129,10 @@ class Run:
                 steps, new = next(models)
             self.score("compressed", f"{name}, {steps} steps", ratio, new)
             if ratio in self.places:                                  # in the first process
-                self.write(self.places[ratio], ratio, new)
+                self.write(self.places[ratio], ratio, steps, new)
             del new
 
-    def write(self, place, ratio, new):
+    def write(self, place, ratio, steps, new):
         """Save the compressed model, tokenizer, metrics.json and card; print where, and what it keeps."""
         from eval_ppl import say
         install(self.model, self.method, self.layers, new)
@@ -1130,7 +1144,7 @@ class Run:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             metrics = vars(self.args) | dict(
-                method=self.method, ratio=ratio,
+                method=self.method, ratio=ratio, ratios=self.args.ratio, steps_so_far=steps,
                 command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                 compressible_params=total, kept_params=rows["compressed"]["kept"],
                 dense_bytes=self.dense_bytes,
@@ -1201,9 +1215,9 @@ def model_card(metrics, rows):
 library_name: transformers
 tags: [{metrics['method']}, compressed]
 ---
-# {Path(metrics['model']).name}, compressed by {metrics['method']} at ratio {metrics['ratio']}
+# {Path(metrics['model']).resolve().name}, compressed by {metrics['method']} at ratio {metrics['ratio']}
 
-{metrics['ratio']:.0%} of the parameters in the block weights are removed.
+{100 * metrics['ratio']:g}% of the parameters in the block weights are removed.
 
 | | perplexity | gap (nats a token) | parameters in the block weights |
 | --- | --- | --- | --- |
@@ -1231,14 +1245,14 @@ def main():
     add = parser.add_argument
     add("--basis", choices=BASES, default="two-sided", help="of the decomposition; plain is the paper's")
     add("--rank-multiple", type=whole(1, 4096), default=8, help="ranks are multiples of this; 1 allows any")
-    add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: scores, gains of"
-        " outputs and of inputs, offsets (the paper: scores and a deviation)")
+    add("--learn", nargs="+", choices=LEARNED, default=LEARNED, help="what is learned: scores S, gains a of"
+        " outputs and c of inputs, deviations d (the paper: S and d)")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         run = Run("soco", args, STEPS, stack)
         model, layers, baselines = run.model, run.layers, {}
         batches = sample_batches(run.calibration, args, max(args.steps, args.metric_batches))
-        check(layers, batches, args.ratio[-1], args.steps, args.basis, STAGES, args.rank_multiple, args.learn)
+        check(layers, args.ratio[-1], args.steps, args.basis, STAGES, args.rank_multiple, args.learn)
         run.score("dense", "dense")
 
         def truncate(layer, metric, factors):                         # while the metric is there

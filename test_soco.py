@@ -612,7 +612,8 @@ def with_an_empty_layer(model):
 
 
 REFUSED_SETTINGS = {        # what the message says: settings, of the methods that have them
-    "no batches": {"batches": []}, "no calibration token": {"metric_batches": 0}, "steps -1": {"steps": -1},
+    "no batches": {"batches": []}, "are no batches": {"metric_batches": 0}, "steps -1": {"steps": -1},
+    "no tensor": {"batches": tokens(2, 16)}, "no tensor .*": {"batches": [{}]}, "lr -1": {"lr": -1},
     "group 0": {"group": 0}, "basis 'diagonal'": {"basis": "diagonal"}, "ratio 0.5": {"group": 24},
     **{f"ratio {ratio}": {"ratio": ratio} for ratio in (0, 1, 1.5, -0.1, math.nan)},
     "ratio 0.999": {"ratio": 0.999, "group": 1}, "three parts": {"stages": (0.5, 0.1, 0.5)},
@@ -628,6 +629,7 @@ REFUSED_MODELS = {          # what the message says: a change of a model, or ano
     "no calibration token .* transformer.h.1.spare": lambda model: with_an_empty_layer(model),
     "does not know Own": lambda model: setattr(model, "config", type("Own", (type(model.config),), {})()),
     "3-D parameter, .*experts": lambda model: tiny("mixtral"),
+    "predicts no tokens": lambda model: model.transformer,
     "compressed already": lambda model: compress(model, [tokens(2, 16)], 0.2, 0),
     "no_grad": lambda model: None,                  # under inference mode
 }
@@ -639,9 +641,9 @@ def test_what_cannot_be_met_is_refused_and_the_model_stays_as_it_was(what, monke
     settings = {"batches": [tokens(2, 16)]} | REFUSED_SETTINGS.get(what, {})
     modules, users = list(model.modules()), [script.compress for script in METHODS.values() if
         settings.keys() <= inspect.signature(script.compress).parameters.keys()]
-    if what in REFUSED_SETTINGS and not settings.keys() & {"metric_batches", "lr"}:
+    error = FloatingPointError if settings.get("lr", 0) > 1 else CannotCompress
+    if what in REFUSED_SETTINGS and error is CannotCompress:
         monkeypatch.setattr(soco, "observe", None)                    # refused before the work
-    error = FloatingPointError if "lr" in settings else CannotCompress
     for compress in users:
         with pytest.raises(error, match=what), torch.inference_mode(what == "no_grad"):
             compress(model, **settings)
@@ -1039,6 +1041,13 @@ def test_a_folder_loads_in_a_process_without_this_project(method, saved, strange
     assert soco.digest(config | {"_commit_hash": None}) == config["digest"]
 
 
+def test_without_rpca_a_folder_of_cap_says_what_to_import(saved, monkeypatch):
+    monkeypatch.delitem(soco.KINDS, "LowRankPlusSparse")
+    for load in (soco.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="'LowRankPlusSparse' .* import rpca first"):
+            load(saved["cap"][0])
+
+
 @pytest.mark.parametrize("way", ["load", "import", "trust"])
 def test_a_folder_is_what_was_saved_or_an_error(method, way, saved, tampered, stranger):
     (folder, expected), wrong = saved[method], []
@@ -1322,6 +1331,7 @@ def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(scri
         report = metrics(folder)
         assert f"python eval_ppl.py --model '{folder}' --eval " in out
         assert report["ratio"] == ratio and report["ppl"].keys() == {"dense", "compressed"}
+        assert report["ratios"] == [0.3, 0.5] and report["steps_so_far"] == round(2 * report["steps"] * ratio)
         assert (0.9 - ratio) < report["kept_params"] / report["compressible_params"] <= 1 - ratio
         found = perplexity(load(folder), tokens(1000, seed=1), 16, 8, 3, bos=63).ppl
         assert found == pytest.approx(report["ppl"]["compressed"], rel=1e-4)
@@ -1335,7 +1345,8 @@ def test_a_run_saves_a_model_at_each_ratio_and_is_repeated_from_its_metrics(scri
     assert (again["ppl"], again["layers"]) == (report["ppl"], report["layers"])
 
 
-def test_without_out_a_run_takes_a_name_that_no_other_has(command, tmp_path):
+def test_without_out_a_run_takes_a_name_that_no_other_has(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "64")                                  # torchrun sets WORLD_SIZE too
     with soco.reserved(tmp_path / "out" / "model-cap-0.5"):            # by a run that has not ended yet
         assert [command("rpca.py", "--no-baselines")[::2] for _ in range(2)] == 2 * [(0, "")]
     assert {path.parent.name[-3:] for path in tmp_path.rglob("metrics.json")} == {"5-2", "5-3"}
@@ -1382,7 +1393,7 @@ BAD = {
 --out {bad}/short/new|--calib {bad}/short|--eval {bad}/short|--calib {bad}/nowhere
 --calib {bad}/binary|--calib {bad}/empty|--calib wikitext2|--eval {house}/train
 --model nobody/none|--model no/such/folder|--model {bad}/compressed|--model {bad}/empty
---bos -1|--bos 64|WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3""",
+--bos -1|--bos 64|WORLD_SIZE=x|WORLD_SIZE=0|WORLD_SIZE=3|WORLD_SIZE=2""",
     "rpca.py": """--rank-share 1|--rank-share -0.1|--rounds 0|--rounds=--|--basis plain|--estimator luck""",
     "eval_ppl.py": """--seqlen 1|--seqlen 65|--seqlen 16 --stride 17|--blocks 0|--blocks=--|--eval {bad}/short
 --bos 64|--device tpu9|--eval {bad}/binary|--model no/such/folder|--model {bad}/newer

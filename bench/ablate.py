@@ -6,8 +6,8 @@
 
 Variants of SoCo and CAP are runs of `compress` itself; the frontier's are one run each, down through the
 ratios. --steps and --lr are SoCo's; CAP has its defaults. --out and --no-baselines do nothing.
-Results go to bench/results/TABLE-MODEL-SEED.json after each; what is there already is not scored again, so
-that a run goes on where it was stopped, and ratios before the last can be added later.
+Results go to bench/results/TABLE-MODEL-SEED.json after each; what is there already is shown and not scored
+again, so that a run goes on where it was stopped, and ratios before the last can be added later.
 """
 import copy
 import json
@@ -59,7 +59,8 @@ class Bench:
 
     def cap(self, ratio, keep=keep_worthiest, **settings):
         with mock.patch.object(rpca, "keep_worthiest", keep):
-            return rpca.compress(self.model, self.measured_on, ratio, progress=True, **settings)
+            return rpca.compress(self.model, self.batches, ratio, metric_batches=self.args.metric_batches,
+                                 progress=True, **settings)
 
     def run_of_soco(self):
         """Yield (ratio, (steps, {layer: new one})) of one run down through the ratios."""
@@ -165,25 +166,29 @@ def main():
     if results["settings"] != settings:
         raise UserError(f"{path} holds a run with other settings: move it away")
 
+    variants, dense = results["variants"], bench.perplexity({})
+    if abs(variants.setdefault("dense", dense)["nll"] - dense["nll"]) > 0.002:
+        raise UserError(f"{path} holds a run of another model, or another machine: move it away")
+
+    say(f"{'dense':50} ppl {dense['ppl']:9.2f}")
+
     def score_once(variant, make, reference):
-        variants = results["variants"]
-        if variant in variants or variant != "dense" and not any(part in variant for part in args.only):
-            return
-        torch.manual_seed(args.seed)
-        start = time.perf_counter()
-        new = make()
-        seconds = round(time.perf_counter() - start, 1)
-        variants[variant] = bench.perplexity(new) | {"seconds": seconds}
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        if variant not in variants:
+            torch.manual_seed(args.seed)
+            start = time.perf_counter()
+            new = make()
+            seconds = round(time.perf_counter() - start, 1)
+            variants[variant] = bench.perplexity(new) | {"seconds": seconds}
+            path.write_text(json.dumps(results, indent=1) + "\n")
         gaps = {key: row["nll"] - variants["dense"]["nll"] for key, row in variants.items()}
-        quotient = f", {gaps[variant] / gaps[reference]:.3f} of {reference}" if gaps.get(reference) else ""
+        quotient = f", {gaps[variant] / gaps[reference]:.3f} of {reference}" if reference in gaps else ""
         say(f"{variant:50} ppl {variants[variant]['ppl']:9.2f} gap {gaps[variant]:7.4f}{quotient}")
 
-    score_once("dense", dict, "dense")
     for ratio in args.ratio:
         first, at = next(iter(TABLES[args.table])), f" at {ratio:g}"
         for variant, (method, changes) in TABLES[args.table].items():
-            score_once(variant + at, partial(getattr(bench, method), ratio, **changes), first + at)
+            if any(part in variant + at for part in args.only):
+                score_once(variant + at, partial(getattr(bench, method), ratio, **changes), first + at)
 
 
 if __name__ == "__main__":

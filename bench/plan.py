@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import soco
 from bench.speed import SHAPES, build, parts, seconds
-from eval_ppl import BUNDLED, Parser, between, perplexity, pick_device, run, whole
+from eval_ppl import BUNDLED, Parser, between, perplexity, pick_device, run, whole, window
 
 SCORED = 2 * 341_000       # tokens of WikiText-2's test split, for the dense and for the compressed model
 
@@ -40,7 +40,8 @@ def memory(name, dtype, args, capacity):
     """{phase: bytes} of a run on one device of `capacity` bytes, and the metric's passes over a batch."""
     with FakeTensorMode():
         model, size = build(name, dtype, "cpu"), dtype.itemsize
-        layers, ids = soco.block_layers(model), torch.zeros(args.batch_size, args.seqlen, dtype=torch.long)
+        layers, seqlen = soco.block_layers(model), window(model, "--seqlen", args.seqlen)
+        ids = torch.zeros(args.batch_size, seqlen, dtype=torch.long)
         shapes = [soco.matrix(layer).shape for layer in layers.values()]
         decomposed = {layer: torch.linalg.svd(soco.matrix(layer).float(), False) for layer in layers.values()}
         scored = {layer: soco.ScoredLinear(layer, *factors) for layer, factors in decomposed.items()}

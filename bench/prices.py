@@ -4,9 +4,8 @@
 
 Predicted: half the sum of the prices of what is dropped, nats a token, by K-FAC (sigma^2 of a component, and
 R_ii G_jj W_ij^2 of an entry) and by Fisher information (of an entry: its row's, shared out by G_jj W_ij^2).
-Measured: KL(dense || changed) on held-out calibration text. --out is the picture (default: prices.png). Of a
-run's other flags only those of the model, the calibration text, its batches, --bos and --seed matter; --eval
-is loaded, and not used.
+Measured: KL(dense || changed) on held-out calibration text. --out is the picture. Of a run's other flags only
+those of the model, the calibration text, its batches, --bos and --seed matter; --eval is loaded, not used.
 """
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib import pyplot
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rpca
 import soco
-from eval_ppl import Parser, run, whole
+from eval_ppl import Parser, UserError, run, whole
 
 HELD_OUT, PARTS = 2, (2, 4, 8)       # batches to measure on; one in so many components or entries is dropped
 
@@ -40,7 +39,10 @@ def main():
     parser = Parser(__doc__)
     soco.add_run_flags(parser)
     parser.add_argument("--matrices", type=whole(1), default=40, help="at most so many, evenly spread")
+    parser.set_defaults(out="prices.png")
     args = parser.parse_args()
+    if not Path(args.out).resolve().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no such folder")
     model, _, calibration, _ = soco.read_inputs(args)
     layers, kfac = list(soco.block_layers(model).items()), {}
     batches = soco.sample_batches(calibration, args, HELD_OUT + args.metric_batches)
@@ -72,7 +74,7 @@ def main():
         axes.axline((1e-3, 1e-3), (1e-2, 1e-2), color="gray", linewidth=0.5)
         axes.set(xlabel=f"loss predicted by {price}, nats a token", ylabel="measured")
     axes.legend()
-    figure.savefig(args.out or "prices.png", dpi=110, bbox_inches="tight")
+    figure.savefig(args.out, dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":

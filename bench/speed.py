@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rpca
 import soco
 from eval_ppl import (Parser, add_model_flags, between, load_model, load_named, pick_device, pick_dtype, run,
-                      whole)
+                      whole, window)
 
 SHAPES = {"llama-7b": (4096, 11008, 32, 32), "llama-13b": (5120, 13824, 40, 40),
           "llama-70b": (8192, 28672, 80, 8)}        # width, width in the MLP, blocks, key heads
@@ -34,7 +34,7 @@ def build(name, dtype, device, blocks=None):
         width, middle, depth, heads = SHAPES[name]
         config = AutoConfig.for_model(
             "llama", hidden_size=width, intermediate_size=middle, num_hidden_layers=blocks or depth,
-            num_attention_heads=width // 128, num_key_value_heads=heads)
+            num_attention_heads=width // 128, num_key_value_heads=heads, max_position_embeddings=2 ** 17)
     else:
         config = AutoConfig.from_pretrained(name, **{"num_hidden_layers": blocks} if blocks else {})
     with torch.device(device):
@@ -112,7 +112,8 @@ def main():
     model = build(args.shape, dtype, device, args.blocks) if args.shape else load_named(args)[0]
     load = partial(load_model, device=device, dtype=dtype, device_map=args.device_map)
     layers, embeddings = soco.block_layers(model).values(), model.get_input_embeddings()
-    ids = torch.randint(embeddings.num_embeddings, (args.batch_size, args.seqlen), device=device)
+    ids = torch.randint(embeddings.num_embeddings, (args.batch_size, window(model, "--seqlen", args.seqlen)),
+                        device=device)
     print(vars(args), torch.cuda.get_device_name(device) if ids.is_cuda else "CPU")
     print("(times dense speed)        prefill, ms       a token, ms   CUDA graph, ms tokens/s       MB")
     rows = {"dense": speeds(model, ids)} | {name: speeds(load(name)[0], ids) for name in args.compressed}

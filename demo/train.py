@@ -107,6 +107,8 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
+    if Path(args.folder).exists():
+        parser.error(f"{args.folder} is there already: give a new folder")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(stdlib("train"))
     texts = stdlib("train") + "\n\n" + more_text(), stdlib("test")
