@@ -65,6 +65,7 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda bat
     if not starts or not 1 <= stride <= seqlen or seqlen < 2:
         raise ValueError(f"{len(ids)} tokens, seqlen {seqlen}, stride {stride}: no whole window to score")
     device, modes = model.get_input_embeddings().weight.device, {m: m.training for m in model.modules()}
+    device = "cpu" if device.type == "meta" else device           # offloaded: a hook moves what it reads
     model.eval()
     nats, tokens, at_once = 0.0, 0, max(1024 // seqlen, 1)        # windows in one forward pass
     try:
@@ -74,7 +75,7 @@ def perplexity(model, ids, seqlen, stride=None, blocks=None, progress=lambda bat
             if bos is not None:
                 windows[:, 0] = bos
             logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
-            targets = windows[:, 1:].to(logits.device, copy=True)
+            targets = windows[:, 1:].to(logits.device, torch.long, copy=True)
             targets[0 if first else 1:, :max(seqlen - stride - 1, 0)] = -100    # scored by the window before
             tokens += int((targets >= 0).sum())
             nats += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()

@@ -78,7 +78,8 @@ def rpca(W, lam=None, penalty=None, tol=1e-6, max_iter=500):
         residuals.append(residual.max().item())
         Z = T - S                                                     # Y + mu (W - L - S), divided by mu
         if not penalty:
-            growth = torch.where(residual > norm(S - before) / (norm(Z) + 1e-30), 1.5, 1.0)
+            slow = (residual > tol) & (residual > norm(S - before) / (norm(Z) + 1e-30))
+            growth = torch.where(slow, 1.5, 1.0).to(W)
             mu, Z = mu * growth, Z / growth
     return RPCA(U, sigma, V, S, residuals)
 
@@ -240,30 +241,29 @@ def alternate(Q, V, budget, rounds=3):
 # ---- the layer ----------------------------------------------------------------------------------
 
 class LowRankPlusSparse(nn.Module):
-    """y = up(down(x)) + S x + b, S [m, n] sparse, up and down absent at rank 0: in place of a dense layer.
-
-    In memory S is dense, as large and as fast as the dense weight. A file holds its nonzero `values` and a
-    `mask` of 1 bit an entry, which `unpack` turns into S. `weight` is a marker, as in LowRankLinear.
-    """
+    """y = up(down(x)) + S x + b, S [m, n] sparse, up and down absent at rank 0: in place of a dense layer."""
 
     def __init__(self, n, m, rank, nonzeros, bias=True, **where):
         super().__init__()
-        self.shape, self.S = (m, n), None
-        self.spec = {"kind": "LowRankPlusSparse", "rank": rank, "nonzeros": nonzeros, "bias": bias}
+        self.shape, self.S = (m, n), None                             # S: once it is unpacked, dense
         self.down = nn.Linear(n, rank, bias=False, **where) if rank else None
         self.up = nn.Linear(rank, m, bias=False, **where) if rank else None
         self.bias = nn.Parameter(torch.empty(m, **where)) if bias else None
-        self.values = nn.Parameter(torch.empty(nonzeros, **where))
+        self.values = nn.Parameter(torch.empty(nonzeros, **where))    # of S, in a file, and a bit an entry:
         self.register_buffer("mask", torch.empty(-(-m * n // 8), device=where.get("device")).to(torch.uint8))
-        self.register_buffer("weight", torch.zeros(1, **where))
+        self.register_buffer("weight", torch.zeros(1, **where))       # a marker, as in LowRankLinear
 
-    def unpack(self):
-        bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.mask.device) & 1
+    def unpack(self, values, mask):
+        bits = mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
         mask = bits.flatten()[:self.shape[0] * self.shape[1]].view(self.shape).bool()
-        if mask.sum() != len(self.values):
-            raise ValueError(f"a sparse matrix has {len(self.values)} values, {mask.sum()} bits in its mask")
-        S = self.values.new_zeros(self.shape).masked_scatter(mask, self.values.detach())
-        self.S, self.values, self.mask = nn.Parameter(S, self.values.requires_grad), None, None
+        if mask.sum() != len(values):
+            raise ValueError(f"a sparse matrix has {len(values)} values, {mask.sum()} bits in its mask")
+        return nn.Parameter(values.new_zeros(self.shape).masked_scatter(mask, values.detach()))
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        if self.S is not None and prefix + "mask" in state:           # of a file, as where Trainer reads one
+            state[prefix + "S"] = self.unpack(state.pop(prefix + "values"), state.pop(prefix + "mask"))
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def forward(self, x):
         trains = self.S.requires_grad and torch.is_grad_enabled()   # zeros get no gradient, and stay zero
@@ -283,9 +283,13 @@ SOURCES["LowRankPlusSparse"] = inspect.getsource(LowRankPlusSparse)
 
 
 def low_rank_plus_sparse(U, V, S, bias, like):
-    """LowRankPlusSparse of U [m, k], V [k, n], S [m, n], a bias [m] or None; dtype and device of `like`."""
-    where = {"device": like.device, "dtype": like.dtype}
-    new = LowRankPlusSparse(V.shape[1], *U.shape, int((S != 0).sum()), bias is not None, **where)
+    """LowRankPlusSparse of U [m, k], V [k, n], S [m, n], a bias [m] or None; dtype and device of `like`.
+
+    In memory S is dense, as large and as fast as the dense weight; a file holds what `pack` makes of it.
+    """
+    where, spec = {"device": like.device, "dtype": like.dtype}, {"rank": len(V), "bias": bias is not None}
+    new = LowRankPlusSparse(V.shape[1], len(U), nonzeros=int((S != 0).sum()), **spec, **where)
+    new.spec = {"kind": "LowRankPlusSparse", "nonzeros": len(new.values), **spec}
     new.S, new.values, new.mask = nn.Parameter(S.to(like)), None, None
     state = {"S": new.S, "weight": new.weight} | ({"up.weight": U, "down.weight": V} if new.up else {})
     new.load_state_dict(state | ({} if bias is None else {"bias": bias}))

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C while torch is imported: no traceback
 
 import contextlib
+import copy
 import fcntl
 import functools
 import hashlib
@@ -76,7 +77,8 @@ def factor(W, G=None, R=None, damping=1e-4, output_damping=0.03):
 def cholesky(M, damping):
     """Lower triangular factor of M [k, k], `damping` times its mean diagonal added there; in float64. Where M
     is indefinite by the rounding of its sums, ten times as much, or a hundred. Raises LinAlgError."""
-    M, mean = M.to(torch.float64, copy=True), M.diagonal().mean(dtype=torch.float64).clamp_min(1e-30)
+    M, mean = M.to(torch.float64, copy=True), M.diagonal().mean(dtype=torch.float64)
+    mean = torch.where(mean > 0, mean, 1.0)                           # of zeros: any will do, 1 fits float16
     for more in (damping, 9 * damping, 90 * damping):                 # 1, 10, 100 times in all
         M.diagonal().add_(more * mean)
         factor, failed = torch.linalg.cholesky_ex(M)
@@ -201,7 +203,7 @@ class ScoredLinear(nn.Module):
         self.register_buffer("price", sigma.square().to(W.device, torch.float32))
         self.register_buffer("kept", torch.ones_like(self.price))
         self.S = nn.Parameter(torch.ones_like(self.price))
-        self.a, self.c = (nn.Parameter(torch.ones(size, device=W.device)) for size in (len(U), V.shape[1]))
+        self.a, self.c = (nn.Parameter(self.price.new_ones(size)) for size in (len(U), V.shape[1]))
         self.d = nn.Parameter(torch.zeros_like(self.a))
 
     def forward(self, x):
@@ -232,7 +234,6 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, n, m, rank, bias=True, **where):
         super().__init__()
-        self.spec = {"kind": "LowRankLinear", "rank": rank, "bias": bias}
         self.down = nn.Linear(n, rank, bias=False, **where)
         self.up = nn.Linear(rank, m, bias=bias, **where)
         self.register_buffer("weight", torch.zeros(1, **where))
@@ -244,6 +245,7 @@ class LowRankLinear(nn.Module):
 def low_rank(U, V, bias, like):
     """LowRankLinear of U [m, k], V [k, n] and a bias [m] or None; dtype and device are those of `like`."""
     new = LowRankLinear(V.shape[1], *U.shape, bias is not None, device=like.device, dtype=like.dtype)
+    new.spec = {"kind": "LowRankLinear", "rank": len(V), "bias": bias is not None}
     state = {"up.weight": U, "down.weight": V, "weight": new.weight}
     new.load_state_dict(state | ({} if bias is None else {"up.bias": bias}))
     return new.requires_grad_(like.requires_grad)
@@ -258,8 +260,8 @@ class CannotCompress(ValueError):
 def block_layers(model):
     """{name: layer} of every nn.Linear and Conv1D inside the model's repeated blocks (its ModuleLists).
 
-    Raises CannotCompress for a model without any, for one that is quantized, compressed, not in memory,
-    unknown to AutoModelForCausalLM or without a head, and for one with experts in 3-D parameters.
+    Raises CannotCompress for a model without any, for one that is quantized, compressed, not in memory or not
+    of AutoModelForCausalLM, and for one with experts in 3-D parameters.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None:
@@ -269,8 +271,9 @@ def block_layers(model):
     if type(config) not in AutoModelForCausalLM._model_mapping:       # a model that brings its own code
         raise CannotCompress(f"AutoModelForCausalLM does not know {type(config).__name__}, so what is saved "
                              f"would not load: give a model of transformers, or register it")
-    if model.get_output_embeddings() is None:
-        raise CannotCompress(f"{kind} predicts no tokens: give a causal language model, with its head")
+    if not isinstance(model, AutoModelForCausalLM._model_mapping[type(config)]):
+        raise CannotCompress(f"{kind} is not what AutoModelForCausalLM makes of its config, so what is saved "
+                             f"would not load: give a causal language model")
     layers, inside = {}, block_prefixes(model)
     for name, module in model.named_modules():
         stacks = [key for key, p in module.named_parameters(recurse=False) if p.ndim == 3]
@@ -410,17 +413,19 @@ def observe(model, layers, batches, see, progress=False, desc="metric", drawing=
     """
     def watch(name, layer, inputs, output):
         x = inputs[0].detach()
-        output.register_hook(lambda g: see(name, x.flatten(0, -2), g.detach().flatten(0, -2)))
+        if output.requires_grad:                                      # some models run layers without
+            output.register_hook(lambda g: see(name, x.flatten(0, -2), g.detach().flatten(0, -2)))
 
     tokens, drawn = 0, torch.Generator().manual_seed(torch.initial_seed() + drawing)
     with contextlib.ExitStack() as undo, torch.enable_grad(), frozen(model):  # gradients of outputs only
         for name, layer in layers.items():
             undo.enter_context(layer.register_forward_hook(functools.partial(watch, name)))
         embeddings = model.get_input_embeddings()
-        undo.enter_context(embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_()))
-        undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        if model.dtype in (torch.bfloat16, torch.float16):
-            torch.set_float32_matmul_precision("high")                # TF32 holds numbers of these exactly
+        undo.enter_context(embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_().clone()))
+        if model.dtype in (torch.bfloat16, torch.float16):            # TF32 holds numbers of these exactly
+            matmul = torch.backends.cuda.matmul
+            undo.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+            matmul.fp32_precision = "tf32"
         for ids in bar(batches, progress, desc=desc, unit="batch"):
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits.flatten(0, 1)
             p = logits.detach().softmax(-1, dtype=torch.float32)
@@ -434,8 +439,8 @@ def draw(p, batch, length, generator):
     """Labels [batch * length] drawn from distributions p [batch * length, vocab], by random numbers of the
     CPU: the same on any device, and for any number of processes that share out a batch."""
     rank, processes = process()
-    u = torch.rand(batch * processes, length, generator=generator, device="cpu")[rank::processes]
-    total, u = p.cumsum(-1), u.flatten().to(p.device)
+    u = torch.rand(batch * processes, length, generator=generator, dtype=torch.float32, device="cpu")
+    total, u = p.cumsum(-1), u[rank::processes].flatten().to(p.device)
     return torch.searchsorted(total, (u * total[:, -1])[:, None])[:, 0].clamp_max(p.shape[-1] - 1)
 
 
@@ -605,7 +610,7 @@ def scored_layers(model, layers, batches, basis="two-sided", progress=False, vis
     for name, layer, metric in bar(each, progress, total=len(layers), desc="decompose", unit="matrix"):
         W, factors = matrix(layer).float(), decompose(layer, metric, basis)
         visit(layer, metric, factors)
-        output_rms = ((W @ metric.G) * W).sum(1).mean().sqrt().item()
+        output_rms = ((W @ metric.G) * W).sum(1).mean().clamp_min(0).sqrt().item()
         scored[layer] = ScoredLinear(layer, *factors, offset_scale=output_rms)
     set_prices(model, scored, batches, progress)
     return scored
@@ -619,7 +624,7 @@ def decompose(layer, metric, basis):
 
 def truncated(layer, U, sigma, V, ratio):
     """LowRankLinear of the first components, as many as `ratio` leaves of this matrix: a baseline."""
-    k = max(int((1 - ratio) * len(U) * V.shape[1] / (len(U) + V.shape[1])), 1)
+    k = max(int((1 - ratio) * len(U) * V.shape[1] / (len(U) + V.shape[1]) + 1e-6), 1)
     half = sigma[:k].sqrt()
     return low_rank(U[:, :k] * half, half[:, None] * V[:k], layer.bias, like=layer.weight)
 
@@ -795,7 +800,11 @@ def install(model, method, layers, new):
     swap(model, new)
     specs = {name: getattr(new[layer], "spec", None) or {"kind": "dense", "bias": new[layer].bias is not None}
              for name, layer in layers.items()}
-    model.config.compressed = {"method": method, "layers": specs}
+    shared, config = model.config, copy.deepcopy(model.config)        # other models may have the same object
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = config
+    config.compressed = {"method": method, "layers": specs}
     if not isinstance(model, SavesItself):
         model.__class__ = compressed_class(type(model))
     return model
@@ -804,7 +813,7 @@ def install(model, method, layers, new):
 class SavesItself:
     """What a compressed model adds to its dense class: save_pretrained writes what loads anywhere."""
 
-    def save_pretrained(self, folder, state_dict=None, **options):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **options):
         if options.get("push_to_hub"):
             raise ValueError("this would upload no compressed.py: call push_to_hub() instead")
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
@@ -813,9 +822,9 @@ class SavesItself:
                 stored = PACKERS[spec["kind"]](state_dict.pop(f"{name}.S"))
                 state_dict |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
                 spec["nonzeros"] = len(stored["values"])
-        super().save_pretrained(folder, state_dict=state_dict, **options)
-        if options.get("is_main_process", True):
-            write_loader(Path(folder))
+        super().save_pretrained(save_directory, is_main_process, state_dict, **options)
+        if is_main_process:
+            write_loader(Path(save_directory))
 
 
 def write_loader(folder):
@@ -825,7 +834,8 @@ def write_loader(folder):
     stored["compressed"]["dense"], stored["model_type"] = stored["model_type"], CompressedConfig.model_type
     stored["auto_map"] = {auto: f"compressed.{made.__name__}" for auto, made in
                           [("AutoConfig", CompressedConfig), ("AutoModelForCausalLM", CompressedForCausalLM)]}
-    stored["digest"] = digest(stored)
+    (folder / "config.json").write_text(json.dumps(stored))
+    stored["digest"] = digest(PreTrainedConfig.get_config_dict(folder)[0])     # infinity is written in words
     (folder / "config.json").write_text(json.dumps(stored, indent=1) + "\n")
     parts = [text for name, text in SOURCES.items() if name in kinds or name not in KINDS]
     names = ", ".join(f'"{kind}": {kind}' for kind in sorted(kinds))
@@ -862,16 +872,13 @@ def compressed_class(dense):
 
 def replace_layers(model, specs):
     """Put layers as specs {name: {"kind": ..., ...}} has them, without values, in place of the dense ones."""
-    layers, new = dict(model.named_modules()), {}
     for name, spec in specs.items():
-        layer, (m, n), spec = layers[name], layers[name].weight.shape, dict(spec)
-        m, n = (n, m) if type(layer).__name__ == "Conv1D" else (m, n)
+        layer, spec = model.get_submodule(name), dict(spec)
+        m, n = layer.weight.shape[::-1] if type(layer).__name__ == "Conv1D" else layer.weight.shape
         if (kind := spec.pop("kind")) != "dense":
-            new[layer] = KINDS[kind](n, m, **spec)
+            model.set_submodule(name, KINDS[kind](n, m, **spec))
         elif spec["bias"] != (layer.bias is not None):
             layer.bias = nn.Parameter(torch.empty(m)) if spec["bias"] else None
-    for parent in list(model.modules()):
-        parent._modules.update({name: new[child] for name, child in parent._modules.items() if child in new})
 
 
 def digest(stored):
@@ -898,15 +905,18 @@ class CompressedForCausalLM(PreTrainedModel):
         own = all(Path(name).name == name and Path(name).suffix == ".safetensors" for name in shards)
         if not own or Path(folder, "adapter_config.json").exists() or stored.get("digest") != digest(stored):
             raise ValueError(f"{folder}: config.json or the index of its weights is not what was saved")
-        known = {key: value for key, value in stored.items() if key not in ("auto_map", "digest")}
+        given = {} if config is None else vars(config)                # by AutoModel, as the caller wants it
+        known = {key: value for key, value in (stored | given).items() if key not in ("auto_map", "digest")}
         dense = AutoConfig.for_model(**known | {"model_type": stored["compressed"]["dense"]})
+        dense._attn_implementation = given.get("_attn_implementation_internal")
         options |= {"config": dense, "use_safetensors": True, "ignore_mismatched_sizes": True}
         model_class = compressed_class(AutoModelForCausalLM._model_mapping[type(dense)])
         model, info = model_class.from_pretrained(folder, *args, output_loading_info=True, **options)
-        wrong = [name for key in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[key]]
-        if wrong:
-            raise ValueError(f"{folder} is not what was saved: tensor {wrong[0]} is not as config.json says")
-        model.apply(lambda module: hasattr(module, "unpack") and module.unpack())
+        for name in [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]:
+            raise ValueError(f"{folder} is not what was saved: tensor {name} is not as config.json says")
+        for module in model.modules():
+            if hasattr(module, "unpack"):
+                module.S, module.values, module.mask = module.unpack(module.values, module.mask), None, None
         return (model, info) if output_loading_info else model
 
 
@@ -968,8 +978,9 @@ def published(place):
 
 def save(model, folder):
     """Write a compressed model to a folder that is new or empty, complete or not at all."""
-    if not getattr(model.config, "compressed", None):
-        raise CannotCompress("this model was not compressed: save it with save_pretrained")
+    if not isinstance(model, SavesItself):
+        raise CannotCompress("this model was not compressed: save it with save_pretrained; or it was loaded "
+                             "by code of its folder: load it again, after the import")
     with reserved(folder) as place, quiet(), published(place) as fresh:
         model.save_pretrained(fresh)
 
