@@ -572,6 +572,8 @@ def check_inputs(batches, ratio, steps, lr):
     """Refuse what no method can learn from, or meet."""
     if torch.is_inference_mode_enabled():
         raise CannotCompress("there are no gradients under torch.inference_mode(): leave it, or use no_grad")
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise CannotCompress("what is measured under torch.autocast is rounded: leave it")
     if not batches:
         raise CannotCompress("there are no batches: give token ids [batch, length] to learn from")
     if not all(torch.is_tensor(ids) and ids.ndim == 2 for ids in batches):
