@@ -423,9 +423,9 @@ def observe(model, layers, batches, see, progress=False, desc="metric", drawing=
         embeddings = model.get_input_embeddings()
         undo.enter_context(embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_().clone()))
         if model.dtype in (torch.bfloat16, torch.float16):            # TF32 holds numbers of these exactly
-            matmul = torch.backends.cuda.matmul
-            undo.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
-            matmul.fp32_precision = "tf32"
+            with contextlib.suppress(RuntimeError):  # where torch's newer switch is in use, it stays
+                undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+                torch.set_float32_matmul_precision("high")
         for ids in bar(batches, progress, desc=desc, unit="batch"):
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits.flatten(0, 1)
             p = logits.detach().softmax(-1, dtype=torch.float32)
