@@ -4,7 +4,8 @@
     python rpca.py --model gpt2 --ratio 0.5         # GPT-2 on WikiText-2; a GPU is used if there is one
 
 The method, on one screen. *Stage 1*: every block weight W [m, n], scaled to R^(1/2) W D (below) so that the
-square of an entry is twice the loss it is predicted to cost, is split by principal component pursuit,
+square of an entry is twice the loss it is predicted to cost (the 2 is left out from here on), is split by
+principal component pursuit,
 
     min |L|_* + lam |S|_1   with  L + S = W:     L = U diag(sigma) V low-rank,  S sparse.
 

@@ -81,9 +81,9 @@ def cholesky(M, damping):
     mean = torch.where(mean > 0, mean, 1.0)                           # of zeros: any will do, 1 fits float16
     for more in (damping, 9 * damping, 90 * damping):                 # 1, 10, 100 times in all
         M.diagonal().add_(more * mean)
-        factor, failed = torch.linalg.cholesky_ex(M)
+        lower, failed = torch.linalg.cholesky_ex(M)
         if not failed:
-            return factor
+            return lower
     raise torch.linalg.LinAlgError("the matrix has negative eigenvalues, or a NaN")
 
 
@@ -1051,8 +1051,8 @@ def read_inputs(args):
     if args.ratio != sorted(set(args.ratio)):
         raise UserError(f"--ratio {args.ratio}: several ratios must rise")
     processes = os.environ.get("WORLD_SIZE", "1")
-    told = processes == "1" or {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
-    if not re.fullmatch(r"[1-9]\d{0,4}", processes) or args.batch_size % int(processes) or not told:
+    joined = processes == "1" or {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
+    if not re.fullmatch(r"[1-9]\d{0,4}", processes) or args.batch_size % int(processes) or not joined:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared out among WORLD_SIZE={processes} "
                         f"processes: give a multiple, and start them by torchrun")
     model, tokenizer, evaluation = load_scored(args, "--eval-")
@@ -1080,11 +1080,16 @@ def sample_batches(ids, args, count):
     return [batch[rank::processes] for batch in blocks.split(args.batch_size)]
 
 
+def model_name(model):
+    """The last part of a folder, also of ".", or of a hub id."""
+    return os.path.basename(os.path.abspath(model))
+
+
 def out_folders(args, method, stack):
     """{ratio: place}, reserved until the ExitStack closes: --out, or out/MODEL-METHOD-RATIO with the first
     number that is free. Of several processes, the first alone writes."""
     from eval_ppl import torchrun_rank
-    name, places = re.sub(r"[^\w.-]+", "-", Path(args.model).resolve().name)[:100], {}
+    name, places = re.sub(r"[^\w.-]+", "-", model_name(args.model))[:100], {}
     for ratio in {*args.ratio} if torchrun_rank() == "0" else ():
         if args.out is None:
             folder, tails = f"out/{name}-{method}-{ratio:g}", map("-{}".format, itertools.count(2))
@@ -1228,7 +1233,7 @@ def model_card(metrics, rows):
 library_name: transformers
 tags: [{metrics['method']}, compressed]
 ---
-# {Path(metrics['model']).resolve().name}, compressed by {metrics['method']} at ratio {metrics['ratio']}
+# {model_name(metrics['model'])}, compressed by {metrics['method']} at ratio {metrics['ratio']}
 
 {100 * metrics['ratio']:g}% of the parameters in the block weights are removed.
 

@@ -79,7 +79,7 @@ CONFIG = {      # of every architecture, which reads of it what it knows
     "vocab_size": VOCAB, "hidden_size": 24, "word_embed_proj_dim": 16, "intermediate_size": 40, "ffn_dim": 40,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2,
     "new_decoder_architecture": True, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
-    "max_position_embeddings": 64, "initializer_range": 0.2, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+    "max_position_embeddings": 64, "dff": 40, "initializer_range": 0.2, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
     "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
 }
 
@@ -223,7 +223,6 @@ def test_choose_is_as_good_as_any_choice_and_spends_the_budget(worths, group, de
     points = [cost_and_value(ranks, shapes, worth) for ranks in itertools.product(*allowed)]
     prices = np.geomspace(1e-6, 10, 500)            # of a parameter: what is best at one is best at its cost
     best = dict(max(points, key=lambda point: point[1] - price * point[0]) for price in prices)
-    assert len(best) > 2
     for budget in [*range(min(points)[0], max(points)[0] + 20, group), *best]:
         keep = choose(padded, *sides, budget + 0.5, group)
         ranks = keep.sum(1).tolist()
@@ -692,7 +691,7 @@ def test_a_learning_step_waits_for_the_device_a_few_times_whatever_the_number_of
 
 # ---- architectures --------------------------------------------------------------------------------
 ARCHITECTURES = ("gpt2 llama mistral qwen2 qwen3 gemma3_text phi3 opt gpt_neox bloom falcon granite olmo2 "
-                 "starcoder2").split()
+                 "starcoder2 ctrl").split()
 SETTINGS = {"soco": {"steps": 2, "group": 1}, "cap": {"steps": 2}}
 
 
@@ -1761,9 +1760,10 @@ def test_the_gradient_of_a_gain_does_not_overflow_float16():
 
 
 @pytest.mark.parametrize("tenths", [3, 5, 8, 9])
-@pytest.mark.parametrize("m, n", [(7, 5), (5, 11), (20, 30)])
-def test_magnitude_and_wanda_keep_the_largest(m, n, tenths):
-    W, D = random(m, n), random(n, seed=1).abs()
+@pytest.mark.parametrize("m, n", [(7, 5), (5, 11), (20, 20)])
+def test_baselines_keep_the_largest_and_as_much_as_the_ratio_leaves(m, n, tenths):
+    W, D, rank = random(m, n), random(n, seed=1).abs(), max((10 - tenths) * m * n // (10 * (m + n)), 1)
+    assert soco.truncated(make_layer("linear", m, n), *factor(W), tenths / 10).spec["rank"] == rank
     cut = sorted(W.abs().flatten().tolist(), reverse=True)[m * n * (10 - tenths) // 10 - 1]
     assert torch.equal(rpca.magnitude(W, None, tenths / 10), W * (W.abs() >= cut))
     for row, kept in zip(W.tolist(), rpca.wanda(W, (D ** 2).diag(), tenths / 10).tolist()):
