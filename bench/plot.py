@@ -1,7 +1,6 @@
-"""Draw the share kept of each matrix, from metrics.json, or perplexity over ratio, from ablate.py's frontier.
+"""Draw metrics.json: how SoCo learned, in its three stages, and the share kept of every matrix.
 
-    python bench/plot.py out/FOLDER/metrics.json bench/allocation.png
-    python bench/plot.py bench/results/frontier-MODEL-0.json bench/frontier.png
+    python bench/plot.py out/FOLDER/metrics.json PICTURE.png
 """
 import json
 import math
@@ -9,41 +8,49 @@ import sys
 
 from matplotlib import pyplot
 
-STYLES = ["s:#56b4e9", "d--#0072b2", "D:#000000", "*-#009e73", "o-#d55e00", "^--#e69f00", "v--#cc79a7"]
+
+def learning(curve, share, divergence):
+    """The kept share of each step, above KL; stages in other greys."""
+    steps, stages = range(1, len(curve["KL"]) + 1), curve["stage"]
+    share.plot(steps, curve["kept"], color="#0072b2")
+    share.set(ylabel="share kept", ylim=(0, 1.05))
+    divergence.semilogy(steps, curve["KL"], color="#d55e00", linewidth=0.8)
+    divergence.set(ylabel="KL, nats a token", xlabel="step")
+    for stage, grey in zip(dict.fromkeys(stages), ("1.0", "0.85", "0.93")):
+        first, last = stages.index(stage), len(stages) - stages[::-1].index(stage)
+        for axes in (share, divergence):
+            axes.axvspan(first + 0.5, last + 0.5, color=grey, zorder=0)
+        share.text((first + last) / 2, 1.0, stage, ha="center", va="top", fontsize=8,
+                   rotation=90 if last - first < len(stages) / 5 else 0)
+    share.tick_params(labelbottom=False)
 
 
-def allocation(report):
+def allocation(layers, axes):
+    """The share kept of every matrix, block by block, from white to black."""
     rows = {}
-    for layer in report["layers"]:
+    for layer in layers:
         kind = ".".join(layer["name"].split(".")[-2:])
         rows.setdefault(kind, []).append(layer["kept"] / math.prod(layer["shape"]))
-    figure, axes = pyplot.subplots(figsize=(9, 0.35 * len(rows) + 1.3))
-    image = axes.imshow(list(rows.values()), aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    image = axes.imshow(list(rows.values()), aspect="auto", cmap="Greys", vmin=0, vmax=1)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel="block", title=f"share kept of each matrix, {report['method']}, ratio {report['ratio']}")
-    figure.colorbar(image, ax=axes, pad=0.02)
+    axes.set(xlabel="block", title="share kept of each matrix")
+    axes.figure.colorbar(image, ax=axes, pad=0.02)
 
 
-def frontier(report):
-    """Markers and dashes tell the lines apart in grey print; what is far above the dense model is cut off."""
-    dense, curves = report["variants"].pop("dense")["ppl"], {}
-    for variant, row in report["variants"].items():
-        name, ratio = variant.split(" at ")
-        curves.setdefault(name, {0: dense})[float(ratio)] = row["ppl"]
-    axes = pyplot.figure(figsize=(7, 4.5)).add_subplot()
-    axes.axhline(dense, color="#bbbbbb", label="dense")
-    for style, (name, curve) in zip(STYLES, curves.items()):
-        axes.semilogy(*zip(*sorted(curve.items())), style[:-7], color=style[-7:], label=name)
-    axes.set(xlabel="share of the block weights' parameters removed", ylabel="perplexity")
-    axes.set_ylim(0.9 * dense, min(50 * dense, 1.1 * max(max(curve.values()) for curve in curves.values())))
-    axes.legend(fontsize=8)
-
-
-if __name__ == "__main__":
+def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     with open(sys.argv[1]) as file:
         report = json.load(file)
-    draw = allocation if "layers" in report else frontier
-    draw(report)
-    pyplot.savefig(sys.argv[2], dpi=110, bbox_inches="tight")
+    if "curve" in report:
+        figure = pyplot.figure(figsize=(11, 3.8), layout="constrained")
+        left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+        learning(report["curve"], *left.subplots(2, 1))
+        allocation(report["layers"], right.subplots())
+    else:
+        allocation(report["layers"], pyplot.figure(figsize=(7, 3), layout="constrained").subplots())
+    pyplot.savefig(sys.argv[2], dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,22 +21,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rpca
 import soco
-from eval_ppl import (Parser, add_model_flags, between, load_model, load_named, pick_device, pick_dtype, run,
-                      whole, window)
+from eval_ppl import Parser, load_model
 
 SHAPES = {"llama-7b": (4096, 11008, 32, 32), "llama-13b": (5120, 13824, 40, 40),
-          "llama-70b": (8192, 28672, 80, 8)}        # width, width in the MLP, blocks, key heads
+          "llama-70b": (8192, 28672, 80, 8)}  # width, width in the MLP, blocks, key heads
 
 
-def build(name, dtype, device, blocks=None):
-    """A model of random weights, of a name in SHAPES or of the config of a folder or hub id."""
-    if name in SHAPES:
-        width, middle, depth, heads = SHAPES[name]
-        config = AutoConfig.for_model(
-            "llama", hidden_size=width, intermediate_size=middle, num_hidden_layers=blocks or depth,
-            num_attention_heads=width // 128, num_key_value_heads=heads, max_position_embeddings=2 ** 17)
-    else:
-        config = AutoConfig.from_pretrained(name, **{"num_hidden_layers": blocks} if blocks else {})
+def build(shape, dtype, device, blocks=None):
+    """A LLaMA of random weights, of a name in SHAPES."""
+    width, middle, depth, heads = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "llama", hidden_size=width, intermediate_size=middle, num_hidden_layers=blocks or depth,
+        num_attention_heads=width // 128, num_key_value_heads=heads, max_position_embeddings=2 ** 17)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
@@ -64,7 +60,7 @@ def speeds(model, ids, tokens=64):
 def random_low_rank(layer, ratio):
     m, n = soco.matrix(layer).shape
     rank = max(int((1 - ratio) * m * n / (m + n)) // 8 * 8, 8)
-    return soco.LowRankLinear(n, m, rank, device=layer.weight.device, dtype=layer.weight.dtype)
+    return soco.LowRankLinear(n, m, rank, bias=layer.bias is not None).to(layer.weight)
 
 
 def parts(model, ids, steps=20):
@@ -73,13 +69,13 @@ def parts(model, ids, steps=20):
 
     def clocked(function):
         def call(*args, **settings):
-            start = timer()                                           # waits for the device
+            start = timer()  # waits for the device
             result = function(*args, **settings)
             found[function.__name__] += timer() - start
             return result
         return call
 
-    names = ("collect_metric", "decompose", "set_prices", "learn")
+    names = ("collect_metric", "factor", "set_fisher", "learn")
     with mock.patch.multiple(soco, **{name: clocked(getattr(soco, name)) for name in names}):
         soco.compress(model, [ids], 0.5, steps)
     return found | {"learn": found["learn"] / steps}
@@ -90,47 +86,38 @@ def dense_step(model, ids):
     model.zero_grad()
 
 
-def textbook(A, tau, nearby=None):
-    """rpca.singular_value_threshold by a full singular value decomposition."""
-    U, sigma, V = torch.linalg.svd(A, full_matrices=False)
-    return U, (sigma - tau.squeeze(-1)).clamp_min(0), V
-
-
 def main():
     parser = Parser(__doc__)
-    add_model_flags(parser)
     add = parser.add_argument
-    add("--shape", choices=list(SHAPES), help="random weights, in place of --model")
-    add("--blocks", type=whole(1), help="of the shape (default: all)")
+    add("--shape", choices=SHAPES, help="random weights, in place of --model")
+    add("--blocks", type=int, help="of the shape (default: all)")
     add("--compressed", nargs="+", default=[], help="folders that soco.py or rpca.py wrote")
-    add("--ratio", type=between(0, 1), default=0.5, help="removed, of the low-rank model")
-    add("--batch-size", type=whole(1), default=4, help="of a prefill and of a step of learning")
-    add("--seqlen", type=whole(2), default=256, help="likewise")
+    add("--ratio", type=float, default=0.5, help="removed, of the low-rank model")
+    add("--batch-size", type=int, default=4, help="of a prefill and of a step of learning")
+    add("--seqlen", type=int, default=256, help="likewise")
     args = parser.parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    model = build(args.shape, dtype, device, args.blocks) if args.shape else load_named(args)[0]
-    load = partial(load_model, device=device, dtype=dtype, device_map=args.device_map)
-    layers, embeddings = soco.block_layers(model).values(), model.get_input_embeddings()
-    ids = torch.randint(embeddings.num_embeddings, (args.batch_size, window(model, "--seqlen", args.seqlen)),
-                        device=device)
+    device = "cuda" if torch.cuda.is_available() and args.device == "auto" else args.device
+    dtype = getattr(torch, args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+    load = partial(load_model, device=args.device, dtype=args.dtype, device_map=args.device_map)
+    device = "cpu" if device == "auto" else device
+    model = build(args.shape, dtype, device, args.blocks) if args.shape else load(args.model)[0]
+    layers, words = soco.block_layers(model), model.get_input_embeddings().num_embeddings
+    ids = torch.randint(words, (args.batch_size, args.seqlen), device=model.device)
     print(vars(args), torch.cuda.get_device_name(device) if ids.is_cuda else "CPU")
     print("(times dense speed)        prefill, ms       a token, ms   CUDA graph, ms tokens/s       MB")
     rows = {"dense": speeds(model, ids)} | {name: speeds(load(name)[0], ids) for name in args.compressed}
-    with soco.swapped(model, {layer: random_low_rank(layer, args.ratio) for layer in layers}):
+    with soco.swapped(model, {name: random_low_rank(layer, args.ratio) for name, layer in layers.items()}):
         rows["low rank"] = speeds(model, ids)
     for label, found in rows.items():
         cells = " ".join(f"{1e3 * t:8.2f} ({dense / t:6.2f})" for t, dense in zip(found[:3], rows["dense"]))
         print(f"{label:20} {cells} {1 / min(found[1:3]):8.1f} {found[3] / 1e6:8.1f}")
-    W = max(map(soco.matrix, layers), key=torch.numel)[:2048, :2048].float()
-    ours = seconds(lambda: rpca.rpca(W, tol=0, max_iter=10))
-    with mock.patch.object(rpca, "singular_value_threshold", textbook):
-        book = seconds(lambda: rpca.rpca(W, penalty=0.25 / W.abs().mean().item(), tol=0, max_iter=10))
-    print(f"ten iterations of rpca, {tuple(W.shape)}: {ours:.3f} s, {book / ours:.1f} times textbook speed")
+    W = max(map(soco.matrix, layers.values()), key=torch.numel)[:2048, :2048].float()
+    pca = seconds(lambda: rpca.rpca(W, tol=0, max_iter=10))
     unit = seconds(partial(dense_step, model, ids))
+    print(f"ten iterations of rpca, {tuple(W.shape)}: {pca:.3f} s, {pca / unit:.2f} passes")
     found = ", ".join(f"{part} {time / unit:.2f}" for part, time in parts(model, ids).items())
     print(f"in forward and backward passes of {unit:.3f} s, for one batch or step: {found}")
 
 
 if __name__ == "__main__":
-    run(main, soco.CannotCompress)
+    main()

@@ -1,20 +1,23 @@
-"""How the bundled model was made: a GPT-2 of 1.9 million parameters, trained on English that Python carries.
+"""How the bundled model and its two texts were made: a GPT-2 of 1.9 million parameters.
 
-    python demo/train.py FOLDER       # about half an hour on two cores; writes the model and its tokenizer
+    python demo/train.py FOLDER       # on Python 3.11; about half an hour on two cores
 
-Text: the help topics and docstrings of the standard library (`stdlib` in eval_ppl.py, Python 3.11), the train
-split to learn and the test split for perplexity, and to learn also the comments of its modules and the
-docstrings and comments of its own tests, those of held-out modules excepted. It prints, on the same held-out
-tokens, the perplexity of an interpolated trigram model (Kneser-Ney discounting) of the same training text
-beside the model's own.
+It writes train.txt and test.txt, the help topics and docstrings of the standard library, of which one
+document in ten is held out for the test; then the model and its tokenizer. The model also learned
+from comments of the library's modules and from its tests, those of held-out modules excepted. It
+prints, on the same held-out tokens, the perplexity of an interpolated trigram model (Kneser-Ney
+discounting) of the same training text beside the model's own.
 """
 import argparse
+import ast
 import collections
+import functools
 import io
 import math
 import sys
 import sysconfig
 import tokenize
+import zlib
 from pathlib import Path
 
 import torch
@@ -23,9 +26,46 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval_ppl import docstrings, encode, is_held_out, perplexity, stdlib, stdlib_documents
+from eval_ppl import perplexity
 
 VOCAB, SEQLEN, BATCH, MUON_LR, ADAM_LR = 2048, 256, 16, 0.02, 5e-3
+
+
+@functools.cache
+def stdlib_documents():
+    """{name: [text, ...]}: help topics and docstrings, by module, of this Python's standard library."""
+    from pydoc_data.topics import topics
+    documents = {f"topic {name}": [text] for name, text in topics.items()}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idlelib", "site-packages", "lib2to3", "turtledemo"}
+    for path in sorted(root.rglob("*.py")):
+        if skip.isdisjoint(path.relative_to(root).parts):
+            documents[path.relative_to(root).as_posix()] = docstrings(path.read_bytes())
+    return documents
+
+
+def docstrings(source):
+    """All docstrings of a Python source."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return list(filter(None, map(ast.get_docstring, nodes)))
+
+
+def is_held_out(name):
+    """Whether the document of that name belongs to the test split: one in ten, by a hash."""
+    return zlib.crc32(name.encode()) % 10 == 0
+
+
+def stdlib(split):
+    """English that every Python installation carries; `is_held_out` names the documents of the test split.
+
+    A text that stands in both, word for word, stays in train only.
+    """
+    documents = stdlib_documents()
+    held_out = set(filter(is_held_out, documents))
+    train = dict.fromkeys(text for name in documents if name not in held_out for text in documents[name])
+    test = dict.fromkeys(text for name in sorted(held_out) for text in documents[name] if text not in train)
+    return "\n\n".join(train if split == "train" else test)
 
 
 def comments(source):
@@ -111,8 +151,11 @@ def main():
         parser.error(f"{args.folder} is there already: give a new folder")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(stdlib("train"))
+    Path(args.folder).mkdir()
+    for split in ("train", "test"):
+        Path(args.folder, f"{split}.txt").write_text(stdlib(split), encoding="utf-8")
     texts = stdlib("train") + "\n\n" + more_text(), stdlib("test")
-    train, test = (encode(tokenizer, text) for text in texts)
+    train, test = (tokenizer(text, return_tensors="pt").input_ids[0] for text in texts)
     config = GPT2Config(vocab_size=VOCAB, n_positions=SEQLEN, n_embd=160, n_layer=5, n_head=5,
                         resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
@@ -137,7 +180,7 @@ def main():
         for stepped in optimizers + schedules:
             stepped.step()
         if step % 500 == 0 or step == args.steps - 1:
-            held_out = perplexity(model, test, SEQLEN).ppl
+            held_out = perplexity(model, test, SEQLEN)[0]
             progress.write(f"step {step}: loss {loss.item():.3f}, held-out perplexity {held_out:.2f}")
     model.half().save_pretrained(args.folder)
     tokenizer.save_pretrained(args.folder)
