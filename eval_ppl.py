@@ -238,7 +238,7 @@ class CompressionRun(Run):
 
     def row(self, key, label, kept):
         """Score the model, whose block weights have `kept` parameters, and print a row."""
-        seconds = time.time() - self.last        # from the row before to this one
+        seconds = time.time() - self.last  # from the row before to this one
         ppl, nll, tokens = self.score()
         if not self.rows:
             print(f"settings: {vars(self.args)}\n{tokens} tokens, {self.model.dtype}\n\n"
